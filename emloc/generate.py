@@ -1,0 +1,199 @@
+"""What a language model answers, and how likely it finds the right answers.
+
+- `generate_answers`: greedy answers, batched
+- `mean_loss`: mean negative log-likelihood of the labelled tokens
+
+Both take a plain model or one with LoRA, put it into eval mode meanwhile, and work with rows of
+like length together, padded on the left.
+
+Letters: B rows of a batch, T tokens of the longest row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from emloc.families.text import IGNORED, collate, prompt_ids, stop_ids
+
+
+def generate_answers(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Mapping[str, Any]],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    progress: str | None = None,
+) -> list[str]:
+    """Greedy answers to the prompts of the examples, in their order.
+
+    An answer ends before the tokenizer's end token, the chat template's end of a turn, or an end
+    token of the checkpoint's generation config; nothing else of that config is used. Special tokens
+    and outer white space are left out.
+
+    Args:
+        model: a causal language model, on any device.
+        tokenizer: the one that encoded the examples.
+        examples: as `emloc.families.text.encode_rows` gives them.
+        batch_size: rows at once.
+        max_new_tokens: the most tokens of an answer.
+        progress: title of a progress bar; None for none.
+
+    Raises:
+        ValueError: `batch_size` or `max_new_tokens` below 1.
+    """
+    _check_positive("max_new_tokens", max_new_tokens)
+    base = _base_model(model)
+    stops = _all_stops(base, tokenizer)
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=stops,
+        pad_token_id=stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    prompts = [prompt_ids(example) for example in examples]
+    answers = [""] * len(prompts)
+    with _evaluating(model), _generation_config(base, settings):
+        for rows in _batches([len(prompt) for prompt in prompts], batch_size, progress):
+            inputs = _left_padded([prompts[row] for row in rows], settings.pad_token_id, base)
+            output = base.generate(**inputs, generation_config=settings)
+            said = output[:, inputs["input_ids"].shape[1] :].tolist()
+            for row, ids in zip(rows, said, strict=True):
+                answers[row] = _text(tokenizer, ids, stops)
+    return answers
+
+
+def mean_loss(
+    model: nn.Module,
+    examples: Sequence[Mapping[str, Any]],
+    *,
+    pad_token_id: int,
+    batch_size: int,
+    progress: str | None = None,
+) -> float:
+    """Mean negative log-likelihood in nats per labelled token, each token counting the same.
+
+    Logits are computed from the first labelled position on only, where the model's forward allows
+    (`logits_to_keep`); the log-softmax is in fp32.
+
+    Args:
+        model: a causal language model, on any device.
+        examples: `input_ids` and `labels` (-100 where there is none).
+        pad_token_id: id to pad with; its value has no influence.
+        batch_size: rows at once.
+        progress: title of a progress bar; None for none.
+
+    Raises:
+        ValueError: `batch_size` below 1, or no labelled token in any row.
+    """
+    base = _base_model(model)
+    total, count = 0.0, 0
+    with _evaluating(model):
+        lengths = [len(example["input_ids"]) for example in examples]
+        for rows in _batches(lengths, batch_size, progress):
+            batch = collate([examples[row] for row in rows], pad_token_id=pad_token_id, side="left")
+            loss, tokens = _batch_loss(base, {k: v.to(base.device) for k, v in batch.items()})
+            total, count = total + loss, count + tokens
+    if not count:
+        raise ValueError("no row has a labelled token, so there is no loss: give it answers.")
+    return total / count
+
+
+def _batch_loss(model: Any, batch: dict[str, Tensor]) -> tuple[float, int]:
+    """Sum of the negative log-likelihoods, and number, of the labels of a (B, T) batch."""
+    labels = batch["labels"][:, 1:]  # position t predicts the token at t + 1
+    labelled = labels != IGNORED
+    columns = labelled.any(dim=0).nonzero()
+    if not len(columns):
+        return 0.0, 0
+    first = int(columns[0])
+    mask = batch["attention_mask"]
+    options = {
+        "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0),
+        "use_cache": False,
+        "logits_to_keep": mask.shape[1] - first,
+    }
+    known = inspect.signature(model.forward).parameters
+    options = {name: value for name, value in options.items() if name in known}
+    logits = model(input_ids=batch["input_ids"], attention_mask=mask, **options).logits
+    kept = labels.shape[1] - first  # the last position predicts nothing
+    labels, labelled = labels[:, -kept:], labelled[:, -kept:]
+    chosen = logits[:, -kept - 1 : -1][labelled].float()  # (labelled tokens, vocabulary)
+    loss = nn.functional.cross_entropy(chosen, labels[labelled].to(chosen.device), reduction="sum")
+    return float(loss), int(labelled.sum())
+
+
+def _left_padded(prompts: list[list[int]], pad_token_id: int, model: Any) -> dict[str, Tensor]:
+    """input_ids and attention_mask (B, T) of the prompts, on the model's device."""
+    rows = [{"input_ids": prompt, "labels": prompt} for prompt in prompts]
+    batch = collate(rows, pad_token_id=pad_token_id, side="left")
+    return {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: list[int]) -> str:
+    """The text before the first stop token."""
+    end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
+    text = tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return str(text).strip()
+
+
+def _all_stops(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokenizer's stop tokens and those of the checkpoint's generation config."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    extra = own if isinstance(own, (list, tuple)) else [] if own is None else [own]
+    return list(dict.fromkeys([*stop_ids(tokenizer), *map(int, extra)]))
+
+
+def _base_model(model: nn.Module) -> Any:
+    """The model that LoRA layers were put into, or the model itself."""
+    unwrap = getattr(model, "get_base_model", None)
+    return model if unwrap is None else unwrap()
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; every module is put back into the mode it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextlib.contextmanager
+def _generation_config(model: Any, settings: GenerationConfig) -> Iterator[None]:
+    """Put `settings` in the place of the model's own defaults, which would fill its gaps."""
+    own = model.generation_config
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _batches(lengths: list[int], batch_size: int, progress: str | None) -> Iterator[list[int]]:
+    """Indices in batches of like length, the longest first so that memory runs out at once."""
+    _check_positive("batch_size", batch_size)
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    with tqdm(total=len(order), desc=progress, unit="row", disable=progress is None) as bar:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            yield rows
+            bar.update(len(rows))
+
+
+def _check_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} is {value}, but it must be at least 1.")

@@ -1,0 +1,273 @@
+"""transformers' Trainer, made to resume to the bit on a CPU and to waste no work.
+
+- the order of the rows comes from the seed and the epoch alone
+- only the positions with a label reach the output head
+- a checkpoint counts when its last file is there and all its files are whole
+- a loss or gradient that is not finite stops the run
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+import pickle
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from tqdm import tqdm
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from emloc.files import read_json, write_json
+
+_WEIGHTS = "adapter.safetensors"
+_COMPLETE = "complete.json"  # written last in a checkpoint: its files and their sizes
+_KEPT = 2  # checkpoints kept, so that one is left should the last be damaged
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+class EpochOrder(Sampler[int]):
+    """Row order of one epoch, from the seed and the epoch alone, so that it can be resumed."""
+
+    def __init__(self, lengths: list[int], group: int, by_length: bool, seed: int) -> None:
+        self.lengths, self.group, self.by_length, self.seed = lengths, group, by_length, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate's data loader at the start of each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        if self.by_length:
+            return iter(get_length_grouped_indices(self.lengths, self.group, generator=generator))
+        return iter(torch.randperm(len(self.lengths), generator=generator).tolist())
+
+
+class LoraTrainer(Trainer):
+    """transformers' Trainer with an order of rows, a validation and checkpoints of our own.
+
+    Args:
+        model: model with a fresh LoRA.
+        args: the Trainer's own; `output_dir` is the folder of the checkpoints.
+        train: examples, in memory.
+        validation: examples; may be empty.
+        collator: examples → batch with input_ids, attention_mask and labels, each (B, T).
+        by_length: group rows of like length.
+        watch: decides when to validate and to save.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        args: TrainingArguments,
+        train: Sequence[Mapping[str, Any]],
+        validation: Sequence[Mapping[str, Any]],
+        *,
+        collator: Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]],
+        by_length: bool,
+        watch: StepWatch,
+    ) -> None:
+        super().__init__(
+            cast(nn.Module, model),
+            args,
+            data_collator=cast(Any, collator),
+            train_dataset=cast(Any, train),
+            callbacks=[watch],
+        )
+        self.remove_callback(PrinterCallback)
+        self.adapted, self.collator, self.by_length = model, collator, by_length
+        self.lengths = [len(row["input_ids"]) for row in train]
+        self.validation = sorted(validation, key=lambda row: -len(row["input_ids"]))
+        self.checkpoints = Path(str(args.output_dir))
+        base = model.get_base_model()
+        kept = "logits_to_keep" in inspect.signature(base.forward).parameters
+        self.skips_logits = kept and self._loss_shifts_labels and self.model_accepts_loss_kwargs
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
+        group = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return EpochOrder(self.lengths, group, self.by_length, self.args.seed)
+
+    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
+        """Not counted: it would walk over all parameters at each step."""
+        return 0
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The model's own loss, with logits at the positions that have a label and no others."""
+        if self.skips_logits:
+            labels = nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)  # (B, T)
+            mask = labels != -100
+            inputs = {**inputs, "logits_to_keep": mask, "shift_labels": labels[mask]}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    @torch.no_grad()
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Mean loss over all labels of the validation rows, whatever the batches."""
+        model, size = self.model_wrapped, self.args.eval_batch_size
+        model.eval()
+        total, count = 0.0, 0
+        for start in range(0, len(self.validation), size):
+            inputs = self._prepare_inputs(self.collator(self.validation[start : start + size]))
+            labels = int((inputs["labels"][:, 1:] != -100).sum())
+            total += float(self.compute_loss(model, inputs)) * labels
+            count += labels
+        metrics = {"eval_loss": total / count}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        target = Path(output_dir or self.checkpoints)
+        target.mkdir(parents=True, exist_ok=True)
+        save_file(_adapter_weights(self.adapted), target / _WEIGHTS)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = self.checkpoints / f"checkpoint-{self.state.global_step}"
+        write_json(folder / _COMPLETE, {p.name: p.stat().st_size for p in folder.iterdir()})
+        for _, old in sorted(_checkpoints(self.checkpoints))[:-_KEPT]:
+            shutil.rmtree(old)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with _must_fit(self.checkpoints):
+            saved = load_file(Path(resume_from_checkpoint) / _WEIGHTS)
+            mine = _adapter_weights(self.adapted)
+            if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in mine.items()}:
+                raise ValueError("the adapter has other weights")
+            set_peft_model_state_dict(self.adapted, saved)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _must_fit(self.checkpoints):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+
+class StepWatch(TrainerCallback):
+    """Decides when to validate and to save, watches the loss, and shows the progress."""
+
+    def __init__(
+        self, save_steps: int, eval_steps: int | None, validates: bool, progress: bool
+    ) -> None:
+        self.save_steps, self.eval_steps, self.validates = save_steps, eval_steps, validates
+        self.progress = progress
+        self.bar: tqdm[Any] | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Open the bar where a resumed run stands."""
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="train",
+            unit="step",
+            disable=not self.progress,
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Ask for a validation or a checkpoint."""
+        step, every = state.global_step, self.eval_steps
+        last = step >= state.max_steps
+        control.should_evaluate = self.validates and (last or bool(every and step % every == 0))
+        control.should_save = not last and step % self.save_steps == 0
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Stop on a number that is not finite; move the bar."""
+        for name in ("loss", "grad_norm", "eval_loss"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise ValueError(
+                    f"{name} became {logs[name]} at step {state.global_step}: try a lower "
+                    f"learning_rate than {args.learning_rate:g}"
+                    + (", or precision float32." if args.bf16 else ".")
+                )
+            if name in logs and self.bar is not None and name != "grad_norm":
+                self.bar.set_postfix({name: f"{logs[name]:.4f}"}, refresh=False)
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def close(self) -> None:
+        """Close the bar, also after an error."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def last_checkpoint(folder: Path, total: int) -> str | None:
+    """The newest whole checkpoint in `folder`; half-written ones are removed.
+
+    Raises:
+        ValueError: it is as far as the end (`total` steps) or beyond: it is another run's.
+    """
+    for step, path in sorted(_checkpoints(folder), reverse=True):
+        if not _is_whole(path):
+            shutil.rmtree(path)
+            continue
+        with _must_fit(folder):
+            if step >= total:
+                raise ValueError(f"it is at step {step} of {total}")
+        return str(path)
+    return None
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints in `folder`, and the folder when nothing else is in it."""
+    for _, path in _checkpoints(folder):
+        shutil.rmtree(path)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    found = folder.iterdir() if folder.is_dir() else ()
+    named = ((_NAME.fullmatch(path.name), path) for path in found)
+    return [(int(match.group(1)), path) for match, path in named if match]
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        sizes = read_json(checkpoint / _COMPLETE)
+        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def _adapter_weights(model: PeftModel) -> dict[str, Tensor]:
+    return cast(dict[str, Tensor], get_peft_model_state_dict(model, save_embedding_layers=False))
+
+
+@contextlib.contextmanager
+def _must_fit(folder: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except (
+        ValueError,
+        KeyError,
+        RuntimeError,
+        OSError,
+        EOFError,
+        pickle.UnpicklingError,
+        SafetensorError,
+    ) as error:
+        raise ValueError(
+            f"the checkpoint in {folder} does not fit this run ({error}): delete that folder and "
+            "start again."
+        ) from error

@@ -1,0 +1,245 @@
+"""The LoRA correction: make an adapter that was trained on the emulator fit the original.
+
+Equations of section 3.3 of EMLoC (arXiv 2506.12015), with the adapter's scaling taken into account:
+with A = V Σ Qᵀ, the adapter is rewritten as A' = Qᵀ, B' = B V Σ. On the orthonormal basis Q the
+original and the emulator differ by D = (W − W_E) Q, and B'' = B' − D/s takes that difference out,
+each direction's D clamped to at most λ times the adapter's own size. Unclamped, the original with
+the corrected adapter equals the emulator with the raw one on every input in A's row space.
+
+- `correct_layer`: the maths for one layer
+- `correct_adapter`: a whole adapter folder, layer by layer
+
+Letters: o out features, i in features, k rank of the emulator, r LoRA rank, s LoRA scaling.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from emloc.factors import full_float32
+from emloc.files import writing
+from emloc.lowrank import EmlocConfig
+from emloc.models import OpenedModel
+
+WEIGHTS = "adapter_model.safetensors"
+MARK = {"format": "pt", "emloc": "corrected"}  # in the header of a corrected adapter's weights
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class LayerCorrection:
+    """What the correction did to one layer.
+
+    Attributes:
+        size: mean |D/s| over mean |B'|, before clamping; how far the emulator is off, measured in
+            the adapter's own size.
+        clamped: share of the r directions whose correction was scaled down.
+    """
+
+    name: str
+    size: float
+    clamped: float
+
+
+def correct_layer(
+    lora_a: Tensor,
+    lora_b: Tensor,
+    weight: Tensor,
+    emulated: tuple[Tensor, Tensor],
+    *,
+    scaling: float,
+    limit: float | None,
+) -> tuple[Tensor, Tensor, float, float]:
+    """Correct one layer's adapter.
+
+    Args:
+        lora_a: A (r×i).
+        lora_b: B (o×r).
+        weight: W of the original (o×i).
+        emulated: the emulator's `weight` (o×k) and `weight_in` (k×i).
+        scaling: s, as peft applies it: alpha/r, or alpha/√r for rsLoRA.
+        limit: λ; None leaves the correction unclamped.
+
+    Returns:
+        A' (r×i) and B'' (o×r) in float32, or float64 where `lora_a` is; the relative size of the
+        correction; the share of clamped directions.
+    """
+    dtype = torch.float64 if lora_a.dtype == torch.float64 else torch.float32
+    basis, singular, right = torch.linalg.svd(lora_a.double().T, full_matrices=False)
+    rotated_b = lora_b.double() @ (right.T * singular)  # (o, r), B' = B V Σ
+    basis = basis.to(dtype)  # (i, r), Q
+    outer, inner = emulated
+    difference = weight.to(dtype) @ basis - outer.to(dtype) @ (inner.to(dtype) @ basis)
+    difference = difference.double() / scaling  # (o, r), D/s
+
+    tolerance = singular.max() * max(lora_a.shape) * torch.finfo(dtype).eps
+    used = singular > tolerance  # directions that A really has
+    own = rotated_b.abs().mean(0)
+    missing = difference.abs().mean(0)
+    factor = used.double()
+    if limit is not None:
+        factor *= (limit * own / missing.clamp_min(torch.finfo(torch.float64).tiny)).clamp_max(1.0)
+    corrected = rotated_b - difference * factor
+    size = float((missing[used].sum() / own[used].sum().clamp_min(1e-30)) if used.any() else 0.0)
+    clamped = float(((factor < 1.0) & used).sum() / max(1, int(used.sum())))
+    spare = lora_a.shape[0] - basis.shape[1]  # above 0 only where r > i: peft expects r rows
+    new_a = nn.functional.pad(basis.T, (0, 0, 0, spare))
+    return new_a.contiguous(), nn.functional.pad(corrected.to(dtype), (0, spare)), size, clamped
+
+
+def correct_adapter(
+    adapter: Path | str,
+    original: OpenedModel,
+    emulator: OpenedModel,
+    *,
+    limit: float | None = 3.0,
+    out: Path | str,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+) -> list[LayerCorrection]:
+    """Write the corrected adapter to a new folder; the raw one is not changed.
+
+    One layer's weights are in memory at a time. Layers that the emulator left whole need no
+    correction and keep their adapter, as do modules that were trained as a whole.
+
+    Args:
+        adapter: folder of the raw adapter, as peft saved it.
+        original, emulator: both opened, their weights on disk.
+        limit: λ, above 0; None for no clamping.
+        out: folder to create.
+        device: where to compute.
+        progress: show a progress bar over the layers.
+
+    Returns:
+        What was done, for each corrected layer.
+
+    Raises:
+        ValueError: the adapter was corrected before, is no plain LoRA, or belongs to another model;
+            or `limit` is not positive.
+    """
+    if limit is not None and not limit > 0:
+        raise ValueError(
+            f"the correction's limit is {limit}, but must be a positive number (3 in the paper), "
+            "or null for no limit."
+        )
+    adapter = Path(adapter)
+    tensors = _read_raw(adapter)
+    ranks = _ranks(emulator)
+    scalings = _scalings(adapter, original)
+    report = []
+    with full_float32():
+        for name in tqdm(sorted(scalings), desc="correct", disable=not progress):
+            key_a, key_b = (f"{PREFIX}{name}.lora_{letter}.weight" for letter in "AB")
+            if key_a not in tensors or key_b not in tensors:
+                raise ValueError(
+                    f"{adapter} holds no weights for {name}, which its config names: the adapter "
+                    "is incomplete; train it again."
+                )
+            if name not in ranks:
+                continue
+            parts = emulator.store.read([f"{name}.weight", f"{name}.weight_in"], device)
+            weight = original.store.read([f"{name}.weight"], device)[f"{name}.weight"]
+            shape = (tensors[key_b].shape[0], tensors[key_a].shape[1])
+            if shape != weight.shape:
+                raise ValueError(
+                    f"{adapter} does not fit the original: at {name} it is for a "
+                    f"{shape[0]}×{shape[1]} layer instead of {weight.shape[0]}×{weight.shape[1]}."
+                )
+            lora_a, lora_b, size, clamped = correct_layer(
+                tensors[key_a].to(device),
+                tensors[key_b].to(device),
+                weight,
+                (parts[f"{name}.weight"], parts[f"{name}.weight_in"]),
+                scaling=scalings[name],
+                limit=limit,
+            )
+            tensors[key_a], tensors[key_b] = lora_a.cpu(), lora_b.cpu().contiguous()
+            report.append(LayerCorrection(name, size, clamped))
+    with writing(out) as folder:
+        shutil.copytree(adapter, folder)
+        _save_marked(tensors, folder / WEIGHTS)
+    return report
+
+
+def _save_marked(tensors: dict[str, Tensor], file: Path) -> None:
+    """Save with MARK; safetensors writes several such entries in random order, this in theirs."""
+    content = save(tensors, metadata=MARK)
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = {**json.loads(content[8:start]), "__metadata__": MARK}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[start:])
+
+
+def _ranks(emulator: OpenedModel) -> dict[str, int]:
+    """Layer name → rank of an emulator."""
+    settings = getattr(emulator.model.config, "quantization_config", None)
+    if not isinstance(settings, EmlocConfig):
+        raise ValueError(
+            "the model that was named as the emulator has no low-rank layers, so there is nothing "
+            "to correct for: name the emulator that the adapter was trained on."
+        )
+    return settings.ranks
+
+
+def _read_raw(adapter: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter that may be corrected."""
+    file = adapter / WEIGHTS
+    if not file.exists():
+        raise ValueError(f"{adapter} is no adapter folder: {WEIGHTS} is missing; train it first.")
+    try:
+        with safe_open(file, framework="pt") as handle:
+            if (handle.metadata() or {}).get("emloc") == MARK["emloc"]:
+                raise ValueError(
+                    f"{adapter} was corrected already, and correcting it twice would spoil it: "
+                    "name the raw adapter."
+                )
+            tensors = {key: handle.get_tensor(key) for key in handle.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read ({error}): train the adapter again.") from error
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{file} holds values in {key} that are not finite (NaN or infinite): train the "
+                "adapter again, with a lower learning rate."
+            )
+    return tensors
+
+
+def _scalings(adapter: Path, original: OpenedModel) -> dict[str, float]:
+    """Layer name → s, as peft itself computes it when it puts the adapter on the original."""
+    try:
+        config = PeftConfig.from_pretrained(str(adapter))
+    except ValueError as error:
+        raise ValueError(
+            f"{adapter / 'adapter_config.json'} is missing or cannot be read ({error}): train the "
+            "adapter again."
+        ) from error
+    if type(config) is not LoraConfig or config.use_dora or config.lora_bias:
+        raise ValueError(
+            f"{adapter} is a {config.peft_type.value} adapter with settings other than plain LoRA "
+            "(no DoRA, no lora_bias), which is all that can be corrected: train it without them."
+        )
+    try:
+        model = inject_adapter_in_model(
+            config, copy.deepcopy(original.model), low_cpu_mem_usage=True
+        )
+    except ValueError as error:
+        raise ValueError(f"{adapter} does not fit the original: {error}") from error
+    return {
+        name: module.scaling["default"]
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }

@@ -1,0 +1,41 @@
+"""Stream the calibration rows through the original and write its ordered low-rank factors."""
+
+from __future__ import annotations
+
+from emloc.calibrate import calibrate
+from emloc.devices import pick_dtype
+from emloc.families.text import calibration_batches, load_tokenizer
+from emloc.models import open_model
+from emloc.targets import select
+from tasks import layout
+from tasks.encoding import encode
+from tasks.original import find_original
+from tasks.params import Params
+from tasks.stage import costing, main
+
+
+def run(params: Params) -> None:
+    """One pass over the original, whatever the ratios are."""
+    settings = params.calibrate
+    path, _ = find_original(params)
+    tokenizer = load_tokenizer(path)
+    examples = encode("calibration", tokenizer, params) if settings.samples else []
+    inputs = calibration_batches(
+        examples, settings.batch_size, pad_token_id=tokenizer.pad_token_id
+    )
+    with costing(layout.RESULTS / "calibrate.cost.json", params) as device:
+        opened = open_model(path, dtype=pick_dtype(params.model.dtype))
+        calibrate(
+            opened,
+            inputs,
+            linears=select(opened.model, settings.targets, where="calibrate.targets"),
+            max_ratio=settings.max_ratio,
+            out=layout.FACTORS,
+            device=device,
+            dtype=pick_dtype(settings.dtype),
+            progress=True,
+        )
+
+
+if __name__ == "__main__":
+    main(run)

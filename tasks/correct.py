@@ -1,0 +1,44 @@
+"""Correct the raw adapter of one ratio for what its emulator lost."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from statistics import mean
+
+from emloc.correct import correct_adapter
+from emloc.devices import pick_dtype
+from emloc.files import write_json
+from emloc.models import open_model
+from tasks import layout
+from tasks.original import find_original
+from tasks.params import Params
+from tasks.stage import costing, main_with_ratio
+
+
+def run(params: Params, ratio: float) -> None:
+    """Write the corrected adapter beside the raw one, layer by layer."""
+    path, _ = find_original(params)
+    dtype = pick_dtype(params.model.dtype)
+    folder = layout.results(ratio)
+    with costing(folder / "correct.cost.json", params) as device:
+        layers = correct_adapter(
+            layout.adapter(ratio, "raw"),
+            open_model(path, dtype=dtype),
+            open_model(layout.emulator(ratio), dtype=dtype),
+            limit=params.correct.limit,
+            out=layout.adapter(ratio, "corrected"),
+            device=device,
+            progress=True,
+        )
+    write_json(
+        folder / "correct.json",
+        {
+            "mean_size": mean(layer.size for layer in layers) if layers else 0.0,
+            "clamped": mean(layer.clamped for layer in layers) if layers else 0.0,
+            "layers": {layer.name: asdict(layer) for layer in layers},
+        },
+    )
+
+
+if __name__ == "__main__":
+    main_with_ratio(run)

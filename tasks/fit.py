@@ -1,0 +1,63 @@
+"""LoRA on a model, with its curve and its metrics; `train` and `direct` both do it."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import asdict
+from pathlib import Path
+
+from emloc.devices import pick_dtype
+from emloc.families.text import load_tokenizer
+from emloc.files import write_json, writing
+from emloc.finetune import finetune
+from emloc.models import load_model
+from tasks import layout
+from tasks.encoding import encode
+from tasks.params import Params
+from tasks.stage import costing, resumable
+
+COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "eval_loss")
+
+
+def fit(
+    params: Params, *, model: Path, base_name: str, adapter: Path, results: Path, inputs: list[Path]
+) -> None:
+    """Train LoRA on the checkpoint at `model` and write the adapter, train.csv and train.json.
+
+    Args:
+        model: an emulator, or the original.
+        base_name: what the adapter names as its base.
+        adapter, results: where to write.
+        inputs: files whose content, with the settings, makes a checkpoint of this run reusable.
+    """
+    settings = params.train
+    tokenizer = load_tokenizer(model)
+    key = asdict(settings)
+    inputs = [*inputs, layout.rows("train"), layout.rows("validation")]
+    with (
+        costing(results / "train.cost.json", params) as device,
+        resumable("-".join(results.parts), key, inputs) as checkpoints,
+    ):
+        history = finetune(
+            load_model(model, dtype=pick_dtype(settings.precision), device=device),
+            encode("train", tokenizer, params),
+            encode("validation", tokenizer, params) if params.data.validation else [],
+            pad_token_id=tokenizer.pad_token_id,
+            lora=settings.lora,
+            settings=settings,
+            base_name=base_name,
+            out=adapter,
+            checkpoints=checkpoints,
+        )
+    curve = history.pop("history")
+    write_curve(results / "train.csv", curve)
+    last = next((row["eval_loss"] for row in reversed(curve) if "eval_loss" in row), None)
+    write_json(results / "train.json", {**history, "validation_loss": last})
+
+
+def write_curve(file: Path, curve: list[dict[str, float]]) -> None:
+    """The training curve as CSV; a cell is empty where nothing was measured."""
+    with writing(file) as partial, open(partial, "w", newline="") as opened:
+        writer = csv.DictWriter(opened, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(curve)

@@ -1,0 +1,39 @@
+"""Where each artifact and each result lies, relative to the project's root. No other place says so.
+
+`artifacts/` holds what is big, `results/` what is read by people and by `report`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ARTIFACTS, RESULTS, REPORT = Path("artifacts"), Path("results"), Path("report")
+
+POINTER = ARTIFACTS / "model.json"
+FACTORS = ARTIFACTS / "factors"
+DIRECT_ADAPTER = ARTIFACTS / "adapters" / "direct"
+PREPARED = RESULTS / "prepare.json"
+BASELINE, DIRECT = RESULTS / "baseline", RESULTS / "direct"
+
+# What `evaluate` compares at each ratio, as the files are named.
+WAYS = ("emulator-raw", "original-raw", "original-corrected")
+
+
+def rows(split: str) -> Path:
+    """A split of the data: train, validation, test or calibration."""
+    return ARTIFACTS / "data" / f"{split}.jsonl"
+
+
+def emulator(ratio: float) -> Path:
+    """The emulator's checkpoint folder."""
+    return ARTIFACTS / "emulators" / str(ratio)
+
+
+def adapter(ratio: float, kind: str) -> Path:
+    """An adapter's folder; `kind` is raw or corrected."""
+    return ARTIFACTS / "adapters" / str(ratio) / kind
+
+
+def results(ratio: float) -> Path:
+    """The folder of a ratio's metrics, curves and predictions."""
+    return RESULTS / str(ratio)

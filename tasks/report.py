@@ -1,0 +1,176 @@
+"""One page over all ratios: the table, the pictures, and where the adapters are."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from emloc.files import read_json, writing
+from tasks import layout, plots
+from tasks.params import Params
+from tasks.stage import main
+
+METRICS = ("exact_match", "normalized_match", "token_f1", "loss")
+LABELS = {
+    "original": "original alone",
+    "direct": "original + direct LoRA",
+    "emulator-raw": "emulator + raw",
+    "original-raw": "original + raw",
+    "original-corrected": "original + corrected",
+}
+STAGES = ("compress", "train", "correct", "evaluate")
+
+
+def run(params: Params) -> None:
+    """Read the results of the ratios in params.yaml only, draw the pictures, write the page."""
+    _leave_out_others(params.ratios)
+    quality = collect_quality(params)
+    costs = collect_costs(params)
+    curves = {f"emulator {ratio}": _curve(layout.results(ratio)) for ratio in params.ratios}
+    if params.evaluate.direct:
+        curves["original (direct)"] = _curve(layout.DIRECT)
+    layers = {ratio: _read_csv(layout.results(ratio) / "layers.csv") for ratio in params.ratios}
+    page = _page(params, quality, costs)
+    with writing(layout.REPORT) as folder:
+        folder.mkdir()
+        _write_csv(folder / "quality.csv", quality)
+        _write_csv(folder / "costs.csv", costs)
+        plots.quality(quality, LABELS, folder / "quality.png")
+        plots.layers(layers, folder / "layers.png")
+        plots.training(curves, folder / "training.png")
+        plots.costs(costs, folder / "costs.png")
+        (folder / "report.md").write_text(page, encoding="utf-8")
+    print(quality_table(quality))
+    print(f"\nreport: {layout.REPORT / 'report.md'} (with {len(list(layout.REPORT.glob('*.png')))} "
+          "pictures beside it)")  # fmt: skip
+    for ratio in params.ratios:
+        print(f"adapter for the original, by emulator {ratio}: {layout.adapter(ratio, 'corrected')}")
+
+
+def _leave_out_others(ratios: list[float]) -> None:
+    """Remove the results of ratios that params.yaml does not name from the workspace.
+
+    `dvc repro` leaves them there; they would change the hash of this stage's input. DVC's cache
+    keeps them, so that a ratio that comes back is restored.
+    """
+    kept = {str(layout.results(ratio)) for ratio in ratios} | {str(layout.BASELINE)}
+    kept.add(str(layout.DIRECT))
+    for folder in layout.RESULTS.iterdir():
+        if folder.is_dir() and str(folder) not in kept:
+            shutil.rmtree(folder)
+
+
+def collect_quality(params: Params) -> list[dict[str, Any]]:
+    """A row for each way to answer the test rows: way, ratio (None where none applies), metrics."""
+    baseline = read_json(layout.BASELINE / "baseline.json")
+    trained = {None: read_json(layout.DIRECT / "train.json").get("trainable_parameters")}
+    rows = [{"way": way, "ratio": None, **baseline[way]} for way in baseline]
+    for ratio in params.ratios:
+        trained[ratio] = read_json(layout.results(ratio) / "train.json")["trainable_parameters"]
+        metrics = read_json(layout.results(ratio) / "evaluate.json")
+        rows += [{"way": way, "ratio": ratio, **metrics[way]} for way in layout.WAYS]
+    for row in rows:
+        row["trained_parameters"] = 0 if row["way"] == "original" else trained[row["ratio"]]
+    return rows
+
+
+def collect_costs(params: Params) -> list[dict[str, Any]]:
+    """A row for each stage that ran: stage, ratio, seconds, peak_gib, device."""
+    files: list[tuple[str, float | None, Path]] = [
+        ("calibrate", None, layout.RESULTS / "calibrate.cost.json"),
+        ("baseline", None, layout.BASELINE / "baseline.cost.json"),
+    ]
+    if params.evaluate.direct:
+        files.append(("direct", None, layout.DIRECT / "train.cost.json"))
+    for ratio in params.ratios:
+        folder = layout.results(ratio)
+        files += [(stage, ratio, folder / f"{stage}.cost.json") for stage in STAGES]
+    rows = []
+    for stage, ratio, file in files:
+        cost = read_json(file)
+        seconds, peak = round(cost["seconds"], 1), round(cost["peak_bytes"] / 2**30, 3)
+        device = cost["device"]
+        rows.append({"stage": stage, "ratio": ratio, "seconds": seconds, "peak_gib": peak,
+                     "device": device})  # fmt: skip
+    return rows
+
+
+def quality_table(rows: list[dict[str, Any]]) -> str:
+    """The quality rows as a Markdown table, the same on the terminal and on the page."""
+    header = ["model", "ratio", "exact match", "normalized", "token F1", "loss", "trained"]
+    body = [
+        [LABELS[row["way"]], row["ratio"], *(f"{row[metric]:.3f}" for metric in METRICS),
+         f"{row['trained_parameters']:,}"]
+        for row in rows
+    ]  # fmt: skip
+    return tabulate(body, header, tablefmt="github", disable_numparse=True, missingval="")
+
+
+def cost_table(rows: list[dict[str, Any]]) -> str:
+    """The cost rows as a Markdown table."""
+    header = ["stage", "ratio", "seconds", "peak memory (GiB)", "device"]
+    body = [
+        [row["stage"], row["ratio"], f"{row['seconds']:.1f}", f"{row['peak_gib']:.2f}",
+         row["device"]]
+        for row in rows
+    ]  # fmt: skip
+    return tabulate(body, header, tablefmt="github", disable_numparse=True, missingval="")
+
+
+def _page(params: Params, quality: list[dict[str, Any]], costs: list[dict[str, Any]]) -> str:
+    pointer = read_json(layout.POINTER)
+    prepared = read_json(layout.PREPARED)
+    sizes = {r: read_json(layout.results(r) / "compress.json") for r in params.ratios}
+    emulators = [
+        [r, f"{s['emulator_bytes'] / 2**20:.0f}", f"{s['original_bytes'] / 2**20:.0f}",
+         f"{s['emulator_parameters'] / s['original_parameters']:.1%}", layout.emulator(r),
+         layout.adapter(r, "corrected")]
+        for r, s in sizes.items()
+    ]  # fmt: skip
+    header = ["ratio", "emulator (MiB)", "original (MiB)", "parameters kept", "emulator", "adapter"]
+    counts = ", ".join(f"{count} {split}" for split, count in prepared["rows"].items())
+    pictures = [
+        ("quality", "Quality against ratio"),
+        ("layers", "Loss that each layer's compression predicts"),
+        ("training", "Training"),
+        ("costs", "Time and memory"),
+    ]
+    parts = [
+        "# EMLoC report",
+        f"Original: `{pointer['name']}` (fingerprint `{pointer['fingerprint'][:12]}`). Rows: {counts}"
+        f"; {prepared['too_long']} left out as too long.",
+        quality_table(quality),
+        "All rows are scored on the same test rows; loss is in nats a token of the answer; "
+        "`trained` counts the adapter's parameters.",
+        tabulate(emulators, header, tablefmt="github", disable_numparse=True),
+        *(f"## {title}\n\n![{title}]({name}.png)" for name, title in pictures),
+        cost_table(costs),
+        "Peak memory is the largest sum of allocated tensors on an accelerator, and the largest "
+        "anonymous resident memory of the process on a CPU.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _curve(folder: Path) -> list[dict[str, float]]:
+    rows = _read_csv(folder / "train.csv")
+    return [{key: float(value) for key, value in row.items() if value} for row in rows]
+
+
+def _read_csv(file: Path) -> list[dict[str, str]]:
+    with open(file, newline="", encoding="utf-8") as opened:
+        return list(csv.DictReader(opened))
+
+
+def _write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
+    with open(file, "w", newline="", encoding="utf-8") as opened:
+        writer = csv.DictWriter(opened, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main(run)

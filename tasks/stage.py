@@ -1,0 +1,84 @@
+"""What all stages share: the command line, one-sentence errors, and the measured cost."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emloc.devices import pick_device
+from emloc.files import sha256, write_json
+from emloc.memory import measure
+from tasks.params import Params, load_params
+
+CHECKPOINTS = Path(".emloc") / "checkpoints"
+
+
+def main(run: Callable[[Params], None]) -> None:
+    """Run a stage that no ratio changes: `python -m tasks.NAME`."""
+    _parser(run).parse_args()
+    with _one_sentence():
+        run(load_params())
+
+
+def main_with_ratio(run: Callable[[Params, float], None]) -> None:
+    """Run a stage of one ratio: `python -m tasks.NAME RATIO`."""
+    parser = _parser(run)
+    parser.add_argument("ratio", type=float, help="one of params.yaml's ratios")
+    arguments = parser.parse_args()
+    with _one_sentence():
+        params = load_params()
+        if arguments.ratio not in params.ratios:
+            raise ValueError(
+                f"{arguments.ratio} is none of the ratios in params.yaml ({params.ratios}): add it "
+                "there, or name one of them."
+            )
+        run(params, arguments.ratio)
+
+
+def _parser(run: Callable[..., None]) -> argparse.ArgumentParser:
+    module = sys.modules[run.__module__]
+    name = Path(str(module.__file__)).stem
+    return argparse.ArgumentParser(prog=f"python -m tasks.{name}", description=module.__doc__)
+
+
+@contextlib.contextmanager
+def _one_sentence() -> Iterator[None]:
+    """Print bad input as one sentence and exit with 1; everything else is a bug and keeps its
+    traceback."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+
+
+@contextlib.contextmanager
+def costing(file: Path, params: Params) -> Iterator[torch.device]:
+    """Hand out the device to work on; write the seconds and the peak memory to `file`."""
+    device = pick_device(params.device)
+    with measure(device) as cost:
+        yield device
+    write_json(
+        file, {"seconds": cost.seconds, "peak_bytes": cost.peak_bytes, "device": cost.device}
+    )
+
+
+@contextlib.contextmanager
+def resumable(name: str, settings: Mapping[str, Any], inputs: list[Path]) -> Iterator[Path]:
+    """A folder for checkpoints that is found again only by a run with the same inputs.
+
+    It lies outside the stage's outs and goes when the block ends well.
+    """
+    digest = hashlib.sha256(repr(sorted(settings.items())).encode())
+    for file in inputs:
+        digest.update(sha256(file).encode())
+    folder = CHECKPOINTS / f"{name}-{digest.hexdigest()[:16]}"
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)

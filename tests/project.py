@@ -1,0 +1,60 @@
+"""A copy of this project with a tiny model and data of its own, for tests of stages and pipeline."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.tiny import save_tiny
+
+ROOT = Path(__file__).parent.parent
+COPIED = ("emloc", "tasks", "dvc.yaml", ".dvcignore", ".gitignore", ".dvc/config", ".dvc/.gitignore")
+
+
+def write_rows(file: Path, count: int = 60) -> None:
+    """A task that a tiny model can learn: repeat a letter."""
+    draw = random.Random(0)
+    pairs = draw.sample([(letter, times) for letter in "abcdefgh" for times in range(1, 10)], count)
+    rows = [{"prompt": f"{times}{letter}", "answer": letter * times} for letter, times in pairs]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def tiny_params(model: Path, data: Path) -> dict[str, Any]:
+    """params.yaml for a tiny model: seconds, not minutes."""
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["ratios"] = [0.8, 0.5]
+    params["device"] = "cpu"
+    params["model"] |= {"source": str(model), "sha256": None}
+    params["data"] |= {"format": "jsonl", "source": str(data), "sha256": None, "train": 30,
+                       "validation": 4, "test": 6, "max_length": 128, "chat_template": None}  # fmt: skip
+    params["calibrate"] |= {"samples": 8, "batch_size": 2}
+    params["train"] |= {"steps": 4, "batch_size": 2, "eval_steps": 2, "save_steps": 2, "log_steps": 1}
+    params["evaluate"] |= {"batch_size": 4, "max_new_tokens": 8}
+    return params
+
+
+def make_project(folder: Path, name: str = "llama", **model: Any) -> dict[str, Any]:
+    """Copy the project's code to `folder`, beside a tiny model and rows; returns its params."""
+    for path in COPIED:
+        source, target = ROOT / path, folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copyfile(source, target)
+    inputs = folder.parent / f"{folder.name}-inputs"
+    save_tiny(name, inputs / "model", **model)
+    write_rows(inputs / "rows.jsonl")
+    params = tiny_params(inputs / "model", inputs / "rows.jsonl")
+    write_params(folder, params)
+    return params
+
+
+def write_params(folder: Path, params: dict[str, Any]) -> None:
+    """Write a project's params.yaml."""
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))

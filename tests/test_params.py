@@ -1,0 +1,112 @@
+"""params.yaml, the presets and dvc.yaml: parsed, checked, and in step with the code."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tasks.params import load_params
+
+ROOT = Path(__file__).parent.parent
+PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
+STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+
+IMPORTED = """
+import importlib, json, pathlib, sys
+importlib.import_module(f"tasks.{sys.argv[1]}")
+root = pathlib.Path.cwd()
+files = [pathlib.Path(m.__file__) for m in list(sys.modules.values()) if getattr(m, "__file__", None)]
+print(json.dumps([f.relative_to(root).as_posix() for f in files if f.is_relative_to(root)]))
+"""
+
+
+@pytest.mark.parametrize("file", [ROOT / "params.yaml", *PRESETS], ids=lambda file: file.name)
+def test_shipped_params_are_valid(file: Path) -> None:
+    params = load_params(file)
+    assert params.ratios
+
+
+@pytest.mark.parametrize("file", PRESETS, ids=lambda file: file.name)
+def test_a_preset_opens_with_its_command(file: Path) -> None:
+    opening = file.read_text().split("\nratios:")[0]
+    assert f"cp presets/{file.name} params.yaml && dvc repro" in opening
+
+
+def changed(tmp_path: Path, path: str, value: Any) -> Path:
+    """params.yaml with one key set to another value, or removed (`value` is ...)."""
+    content = copy.deepcopy(yaml.safe_load((ROOT / "params.yaml").read_text()))
+    *parents, last = path.split(".")
+    section = content
+    for key in parents:
+        section = section[key]
+    if value is ...:
+        del section[last]
+    else:
+        section[last] = value
+    file = tmp_path / "params.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("train.learning_rat", 1, "train.learning_rat is no known key; did you mean learning_rate?"),
+        ("train.lora.rank", 4, "train.lora.rank is no known key"),
+        ("modle", {}, "modle is no known key; did you mean model?"),
+        ("ratios", [1.5], "ratios.0 is 1.5, but it should be less than 1"),
+        ("ratios", [0], "ratios.0 is 0, but it should be greater than 0"),
+        ("ratios", [0.95], "ratios holds 0.95, but calibrate.max_ratio is 0.9"),
+        ("ratios", [0.5, 0.5], "names a ratio twice"),
+        ("ratios", [], "ratios is"),
+        ("ratios", 0.5, "ratios is 0.5, but it should be a valid list"),
+        ("data.format", "csv", "data.format is 'csv'"),
+        ("data", ..., "data is missing"),
+        ("data.train", ..., "data.train is missing"),
+        ("train.steps", -1, "steps is -1"),
+        ("train.epochs", 3, "exactly one of them must be set"),
+        ("train.schedule", "cosin", "schedule is 'cosin', but it must be one of cosine"),
+        ("train.lora.r", 0, "r is 0"),
+        ("correct.limit", -1, "correct.limit is -1"),
+        ("model.dtype", "float16", "model.dtype is 'float16'"),
+    ],
+)
+def test_bad_params_are_refused_in_one_sentence(
+    tmp_path: Path, path: str, value: Any, message: str
+) -> None:
+    with pytest.raises(ValueError) as raised:
+        load_params(changed(tmp_path, path, value))
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_missing_params_file_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="copy a preset"):
+        load_params(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_depends_on_just_the_modules_that_it_imports(stage: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTED, stage],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    imported = {file for file in json.loads(done.stdout) if file.startswith(("emloc/", "tasks/"))}
+    declared = {dep for dep in STAGES[stage]["deps"] if dep.endswith(".py")}
+    assert declared == imported
+
+
+def test_params_of_stages_exist() -> None:
+    content = yaml.safe_load((ROOT / "params.yaml").read_text())
+    for stage in STAGES.values():
+        for path in stage["params"]:
+            value = content
+            for key in path.split("."):
+                value = value[key]

@@ -1,0 +1,203 @@
+"""The stages one after the other in one process, on a tiny model: what they leave behind."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+from emloc.files import read_json, read_jsonl
+from emloc.metrics import score
+from emloc.models import load_model
+from tasks.params import load_params
+from tests.project import make_project, write_params
+
+PLAIN = ("prepare", "calibrate", "direct", "baseline")
+BY_RATIO = ("compress", "train", "correct", "evaluate")
+
+
+def run_stage(name: str, *arguments: Any) -> None:
+    importlib.import_module(f"tasks.{name}").run(load_params(), *arguments)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project in which every stage ran."""
+    folder = tmp_path_factory.mktemp("stages") / "project"
+    params = make_project(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("EMLOC_CACHE", str(folder / "cache"))
+        for name in PLAIN:
+            run_stage(name)
+        for ratio in params["ratios"]:
+            for name in BY_RATIO:
+                run_stage(name, ratio)
+        run_stage("report")
+    return folder
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], Path]:
+    """A fresh project to run stages in; sections given are updated in its params."""
+
+    def make(changes: dict[str, Any]) -> Path:
+        folder = tmp_path / "project"
+        params = make_project(folder)
+        for section, values in changes.items():
+            params[section] = {**params[section], **values} if isinstance(values, dict) else values
+        write_params(folder, params)
+        monkeypatch.chdir(folder)
+        monkeypatch.setenv("EMLOC_CACHE", str(tmp_path / "cache"))
+        return folder
+
+    return make
+
+
+def test_splits_are_disjoint_and_calibration_rows_come_from_train(finished: Path) -> None:
+    splits = {
+        name: [json.dumps(row) for row in read_jsonl(finished / f"artifacts/data/{name}.jsonl")]
+        for name in ("train", "validation", "test", "calibration")
+    }
+    assert [len(rows) for rows in splits.values()] == [30, 4, 6, 8]
+    assert len({*splits["train"], *splits["validation"], *splits["test"]}) == 40
+    assert set(splits["calibration"]) <= set(splits["train"])
+
+
+def test_outs_hold_no_path_of_this_machine(finished: Path) -> None:
+    for file in finished.glob("artifacts/**/*.json"):
+        assert str(finished.parent) not in file.read_text(), file
+
+
+def test_emulators_shrink_with_the_ratio_and_lose_more(finished: Path) -> None:
+    sizes, losses = [], []
+    for ratio in ("0.8", "0.5"):
+        sizes.append(read_json(finished / f"results/{ratio}/compress.json")["emulator_bytes"])
+        with open(finished / f"results/{ratio}/layers.csv", newline="") as file:
+            losses.append(sum(float(row["loss"]) for row in csv.DictReader(file)))
+    assert sizes[0] > sizes[1]
+    assert losses[0] < losses[1]
+
+
+def test_every_way_is_scored_on_the_same_rows(finished: Path) -> None:
+    test = [row["answer"] for row in read_jsonl(finished / "artifacts/data/test.jsonl")]
+    for ratio in ("0.8", "0.5"):
+        metrics = read_json(finished / f"results/{ratio}/evaluate.json")
+        assert set(metrics) == {"emulator-raw", "original-raw", "original-corrected"}
+        for way, values in metrics.items():
+            said = read_jsonl(finished / f"results/{ratio}/predictions/{way}.jsonl")
+            assert [row["answer"] for row in said] == test
+            expected = score([row["prediction"] for row in said], test)
+            assert expected.items() <= values.items()
+
+
+def test_raw_and_corrected_adapters_differ_on_the_original(finished: Path) -> None:
+    model = load_model(
+        finished.parent / "project-inputs/model", dtype=torch.float32, device="cpu"
+    )
+    logits = []
+    for kind in ("raw", "corrected"):
+        adapted = PeftModel.from_pretrained(model, str(finished / f"artifacts/adapters/0.5/{kind}"))
+        with torch.no_grad():
+            logits.append(adapted(torch.arange(8)[None]).logits)
+        model = adapted.unload()
+    assert (logits[0] - logits[1]).abs().max() > 1e-4
+
+
+def test_the_report_names_every_row_and_its_pictures_are_there(finished: Path) -> None:
+    page = (finished / "report/report.md").read_text()
+    for text in ("original alone", "original + direct LoRA", "emulator + raw", "original + raw",
+                 "original + corrected", "0.8", "0.5", "artifacts/adapters/0.5/corrected"):  # fmt: skip
+        assert text in page
+    for name in ("quality", "layers", "training", "costs"):
+        assert (finished / f"report/{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"({name}.png)" in page
+    with open(finished / "report/quality.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["ratio"] for row in rows] == ["", "", *["0.8"] * 3, *["0.5"] * 3]
+
+
+def test_no_checkpoint_is_left_after_training(finished: Path) -> None:
+    assert not list((finished / ".emloc/checkpoints").iterdir())
+
+
+def test_without_direct_the_report_has_no_upper_bound(
+    project: Callable[[dict[str, Any]], Path],
+) -> None:
+    folder = project({"ratios": [0.5], "evaluate": {"direct": False}})
+    for name in PLAIN:
+        run_stage(name)
+    for name in BY_RATIO:
+        run_stage(name, 0.5)
+    run_stage("report")
+    assert "direct LoRA" not in (folder / "report/report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"calibrate": {"samples": 31}}, "calibrate.samples is 31, but there are only 30"),
+        ({"data": {"train": 3000}}, "3000"),
+        ({"data": {"max_length": 8}}, "data.max_length"),
+        ({"data": {"source": "nothing.jsonl"}}, "nothing.jsonl"),
+        ({"model": {"source": "./nowhere"}}, "nowhere"),
+    ],
+)
+def test_prepare_refuses_bad_input_and_leaves_nothing(
+    project: Callable[[dict[str, Any]], Path], changes: dict[str, Any], message: str
+) -> None:
+    folder = project(changes)
+    with pytest.raises(ValueError, match=message):
+        run_stage("prepare")
+    assert not (folder / "artifacts").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "message"),
+    [
+        ("calibrate", {"calibrate": {"targets": [".*nothing.*"]}}, "calibrate.targets: '.*nothing"),
+        ("compress", {"compress": {"targets": {".*nothing.*": "ratio"}}}, "compress.targets: '.*no"),
+        ("compress", {"compress": {"targets": {".*": 0.95}}}, "calibrate.max_ratio"),
+        ("train", {"train": {"lora": {"target_modules": "nothing"}}}, "target_modules"),
+    ],
+)
+def test_a_stage_refuses_bad_input_and_leaves_nothing(
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    params = make_project(tmp_path / "project")
+    params["model"]["source"] = str(finished.parent / "project-inputs/model")
+    for section, values in changes.items():
+        params[section] |= values
+    write_params(tmp_path / "project", params)
+    for name in ("artifacts", "results"):
+        (tmp_path / "project" / name).symlink_to(finished / name)
+    before = {path: path.stat().st_mtime_ns for path in finished.glob("artifacts/*/*")}
+    monkeypatch.chdir(tmp_path / "project")
+    monkeypatch.setenv("EMLOC_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ValueError) as raised:
+        run_stage(stage, *([0.5] if stage in BY_RATIO else []))
+    assert message in str(raised.value)
+    assert {path: path.stat().st_mtime_ns for path in finished.glob("artifacts/*/*")} == before
+
+
+def test_a_changed_original_is_noticed(project: Callable[[dict[str, Any]], Path]) -> None:
+    folder = project({})
+    run_stage("prepare")
+    weights = folder.parent / "project-inputs/model/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match="model.safetensors has changed since `prepare`"):
+        run_stage("calibrate")

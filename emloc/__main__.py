@@ -1,0 +1,212 @@
+"""The method on plain folders, without a pipeline: python -m emloc --help."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from emloc.calibrate import FactorFiles, calibrate
+from emloc.correct import correct_adapter
+from emloc.data import read_rows
+from emloc.devices import pick_device, pick_dtype
+from emloc.emulator import cut, plan_ranks, table
+from emloc.families.text import calibration_batches, encode_rows, load_tokenizer
+from emloc.files import read_json
+from emloc.finetune import finetune
+from emloc.generate import generate_answers
+from emloc.merge import merge_adapter
+from emloc.models import load_model, open_model
+from emloc.settings import LoraSettings, TrainSettings
+from emloc.source import describe, resolve_model
+from emloc.targets import BLOCKS, SWEPT, ratios_for, select
+
+app = typer.Typer(
+    help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
+
+Model = Annotated[
+    str, typer.Argument(help="the original: a folder, a hub id, or pypi:PACKAGE==VERSION/FILE.gguf")
+]
+Out = Annotated[Path, typer.Option(help="folder to create")]
+Data = Annotated[Path, typer.Option(help="JSON Lines: prompt and answer, or chat messages")]
+Device = Annotated[str, typer.Option(help="auto, cpu, or an accelerator such as cuda")]
+Dtype = Annotated[str, typer.Option(help="float32 or bfloat16, to compute in")]
+MaxLength = Annotated[int, typer.Option(help="longest row, in tokens")]
+
+
+@app.command("calibrate")
+def calibrate_command(
+    model: Model,
+    data: Data,
+    out: Out,
+    samples: Annotated[int, typer.Option(help="rows to use; 0: plain SVD")] = 64,
+    target: Annotated[list[str] | None, typer.Option(help="regex of layers; repeatable")] = None,
+    max_ratio: Annotated[float, typer.Option(help="largest ratio to cut at later")] = 0.9,
+    max_length: MaxLength = 2048,
+    batch_size: int = 1,
+    device: Device = "auto",
+    dtype: Dtype = "bfloat16",
+) -> None:
+    """Run samples through the original, block by block, and write its low-rank factors."""
+    path = resolve_model(model)
+    tokenizer = load_tokenizer(path)
+    rows = read_rows(data)[:samples]
+    examples = encode_rows(rows, tokenizer, max_length=max_length, source=str(data)) if rows else []
+    opened = open_model(path, dtype=pick_dtype(dtype))
+    calibrate(
+        opened,
+        calibration_batches(examples, batch_size, pad_token_id=tokenizer.pad_token_id),
+        linears=select(opened.model, target or [BLOCKS], where="--target"),
+        max_ratio=max_ratio,
+        out=out,
+        device=pick_device(device),
+        progress=True,
+    )
+
+
+@app.command("compress")
+def compress_command(
+    model: Model,
+    factors: Annotated[Path, typer.Option(help="what calibrate wrote")],
+    ratio: Annotated[float, typer.Option(help="share of a layer's parameters to keep")],
+    out: Out,
+    target: Annotated[list[str] | None, typer.Option(help="regex of layers; repeatable")] = None,
+) -> None:
+    """Cut an emulator from the factors."""
+    path = resolve_model(model)
+    found = FactorFiles(factors)
+    targets: dict[str, float | str] = dict.fromkeys(target or [".*"], SWEPT)
+    plan = plan_ranks(found, ratios_for(found.modules, targets, ratio, where="--target"))
+    name = describe(model, path)["name"]
+    opened = open_model(path, dtype=pick_dtype("bfloat16"))
+    sizes = cut(path, opened, found, plan, out=out, base_name=name, progress=True)
+    print(table(plan))
+    print(f"{out}: {sizes['emulator_bytes']:,} bytes of {sizes['original_bytes']:,}")
+
+
+@app.command("train")
+def train_command(
+    emulator: Annotated[Path, typer.Argument(help="what compress wrote")],
+    data: Data,
+    out: Out,
+    steps: int = 500,
+    batch_size: int = 4,
+    accumulation: int = 1,
+    learning_rate: float = 1e-4,
+    schedule: str = "cosine",
+    warmup: float = 0.03,
+    precision: Annotated[str, typer.Option(help="float32 or bfloat16")] = "bfloat16",
+    gradient_checkpointing: bool = False,
+    seed: int = 0,
+    r: Annotated[int, typer.Option(help="LoRA rank")] = 8,
+    alpha: float = 16,
+    dropout: float = 0.0,
+    target_modules: Annotated[str, typer.Option(help="all-linear, or a regex")] = "all-linear",
+    use_rslora: bool = False,
+    validation: Annotated[Path | None, typer.Option(help="rows for the validation loss")] = None,
+    max_length: MaxLength = 2048,
+    device: Device = "auto",
+) -> None:
+    """Train LoRA on the emulator: the raw adapter."""
+    chosen: dict[str, Any] = dict(locals())
+    lora = LoraSettings(**{f.name: chosen[f.name] for f in fields(LoraSettings) if f.name in chosen})
+    settings = TrainSettings(
+        **{f.name: chosen[f.name] for f in fields(TrainSettings) if f.name in chosen}
+    )
+    tokenizer = load_tokenizer(emulator)
+    examples = [
+        encode_rows(read_rows(file), tokenizer, max_length=max_length, source=str(file))
+        if file
+        else []
+        for file in (data, validation)
+    ]
+    quantization = read_json(emulator / "config.json").get("quantization_config", {})
+    with tempfile.TemporaryDirectory() as checkpoints:
+        history = finetune(
+            load_model(emulator, dtype=pick_dtype(precision), device=pick_device(device)),
+            *examples,
+            pad_token_id=tokenizer.pad_token_id,
+            lora=lora,
+            settings=settings,
+            base_name=quantization.get("base_model") or str(emulator),
+            out=out,
+            checkpoints=checkpoints,
+        )
+    print(f"{out}: {history['trainable_parameters']:,} parameters, {history['steps']} steps")
+
+
+@app.command("correct")
+def correct_command(
+    adapter: Annotated[Path, typer.Argument(help="the raw adapter, as train wrote it")],
+    model: Annotated[str, typer.Option(help="the original")],
+    emulator: Annotated[Path, typer.Option(help="the emulator it was trained on")],
+    out: Out,
+    limit: Annotated[float, typer.Option(help="lambda; 0 for no limit")] = 3.0,
+    device: Device = "auto",
+) -> None:
+    """Correct the raw adapter for what the emulator lost."""
+    dtype = pick_dtype("float32")
+    layers = correct_adapter(
+        adapter,
+        open_model(resolve_model(model), dtype=dtype),
+        open_model(emulator, dtype=dtype),
+        limit=limit or None,
+        out=out,
+        device=pick_device(device),
+        progress=True,
+    )
+    print(f"{out}: {len(layers)} layers corrected")
+
+
+@app.command("merge")
+def merge_command(
+    adapter: Annotated[Path, typer.Argument(help="a corrected adapter")],
+    model: Annotated[str, typer.Option(help="the original")],
+    out: Out,
+    dtype: Dtype = "bfloat16",
+) -> None:
+    """Fold an adapter into the original: a plain checkpoint."""
+    merge_adapter(resolve_model(model), adapter, out=out, dtype=pick_dtype(dtype))
+    print(out)
+
+
+@app.command("generate")
+def generate_command(
+    model: Model,
+    prompt: Annotated[list[str], typer.Option(help="a question; repeatable")],
+    adapter: Annotated[Path | None, typer.Option(help="an adapter to plug in")] = None,
+    max_new_tokens: int = 64,
+    device: Device = "auto",
+    dtype: Dtype = "bfloat16",
+) -> None:
+    """Answer prompts with the original or an emulator, with or without an adapter."""
+    path = resolve_model(model)
+    loaded: Any = load_model(path, dtype=pick_dtype(dtype), device=pick_device(device))
+    if adapter is not None:
+        from peft import PeftModel
+
+        loaded = PeftModel.from_pretrained(loaded, str(adapter))
+    tokenizer = load_tokenizer(path)
+    rows = [{"prompt": text, "answer": "?"} for text in prompt]
+    examples = encode_rows(rows, tokenizer, max_length=sys.maxsize, source="--prompt")
+    answers = generate_answers(
+        loaded, tokenizer, examples, batch_size=len(rows), max_new_tokens=max_new_tokens
+    )
+    print("\n".join(answers))
+
+
+def main() -> None:
+    """Run a command; bad input is one sentence and exit code 1."""
+    try:
+        app()
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

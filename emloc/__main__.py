@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +15,7 @@ from emloc.data import read_rows
 from emloc.devices import pick_device, pick_dtype
 from emloc.emulator import cut, plan_ranks, table
 from emloc.families.text import calibration_batches, encode_rows, load_tokenizer
-from emloc.files import read_json
+from emloc.files import digest, read_json
 from emloc.finetune import finetune
 from emloc.generate import generate_answers
 from emloc.merge import merge_adapter
@@ -112,12 +111,10 @@ def train_command(
     max_length: MaxLength = 2048,
     device: Device = "auto",
 ) -> None:
-    """Train LoRA on the emulator: the raw adapter."""
+    """Train LoRA on the emulator: the raw adapter. Stopped, it goes on when it is run again."""
     chosen: dict[str, Any] = dict(locals())
-    lora = LoraSettings(**{f.name: chosen[f.name] for f in fields(LoraSettings) if f.name in chosen})
-    settings = TrainSettings(
-        **{f.name: chosen[f.name] for f in fields(TrainSettings) if f.name in chosen}
-    )
+    lora = LoraSettings(**_fields_of(LoraSettings, chosen))
+    settings = TrainSettings(**_fields_of(TrainSettings, chosen))
     tokenizer = load_tokenizer(emulator)
     examples = [
         encode_rows(read_rows(file), tokenizer, max_length=max_length, source=str(file))
@@ -126,18 +123,24 @@ def train_command(
         for file in (data, validation)
     ]
     quantization = read_json(emulator / "config.json").get("quantization_config", {})
-    with tempfile.TemporaryDirectory() as checkpoints:
-        history = finetune(
-            load_model(emulator, dtype=pick_dtype(precision), device=pick_device(device)),
-            *examples,
-            pad_token_id=tokenizer.pad_token_id,
-            lora=lora,
-            settings=settings,
-            base_name=quantization.get("base_model") or str(emulator),
-            out=out,
-            checkpoints=checkpoints,
-        )
+    inputs = [emulator / "config.json", *emulator.glob("*.safetensors"), data]
+    key = digest({"lora": lora, "settings": settings}, inputs)
+    history = finetune(
+        load_model(emulator, dtype=pick_dtype(precision), device=pick_device(device)),
+        *examples,
+        pad_token_id=tokenizer.pad_token_id,
+        lora=lora,
+        settings=settings,
+        base_name=quantization.get("base_model") or str(emulator),
+        out=out,
+        checkpoints=out.parent / f".{out.name}.checkpoints-{key}",
+    )
     print(f"{out}: {history['trainable_parameters']:,} parameters, {history['steps']} steps")
+
+
+def _fields_of(kind: type, chosen: dict[str, Any]) -> dict[str, Any]:
+    """The options that a settings class takes; the rest keep its defaults."""
+    return {field.name: chosen[field.name] for field in fields(kind) if field.name in chosen}
 
 
 @app.command("correct")

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +79,11 @@ def sha256(path: str | os.PathLike[str]) -> str:
     """Hex SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(settings: Mapping[str, Any], files: Iterable[str | os.PathLike[str]]) -> str:
+    """16 hex digits that change with the settings and with the content of the files."""
+    total = hashlib.sha256(repr(sorted(settings.items())).encode())
+    for file in files:
+        total.update(sha256(file).encode())
+    return total.hexdigest()[:16]

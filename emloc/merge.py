@@ -1,4 +1,4 @@
-"""Fold an adapter into the original: a plain checkpoint that needs neither peft nor this package."""
+"""Fold an adapter into the original: a plain checkpoint, for which transformers is enough."""
 
 from __future__ import annotations
 

@@ -20,9 +20,7 @@ def run(params: Params) -> None:
     path, _ = find_original(params)
     tokenizer = load_tokenizer(path)
     examples = encode("calibration", tokenizer, params) if settings.samples else []
-    inputs = calibration_batches(
-        examples, settings.batch_size, pad_token_id=tokenizer.pad_token_id
-    )
+    inputs = calibration_batches(examples, settings.batch_size, pad_token_id=tokenizer.pad_token_id)
     with costing(layout.RESULTS / "calibrate.cost.json", params) as device:
         opened = open_model(path, dtype=pick_dtype(params.model.dtype))
         calibrate(

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from emloc.devices import pick_dtype
 from emloc.families.text import load_tokenizer
-from emloc.files import write_json, writing
+from emloc.files import digest, write_json, writing
 from emloc.finetune import finetune
 from emloc.models import load_model
 from tasks import layout
 from tasks.encoding import encode
 from tasks.params import Params
-from tasks.stage import costing, resumable
+from tasks.stage import costing
 
 COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "eval_loss")
 
@@ -32,12 +32,9 @@ def fit(
     """
     settings = params.train
     tokenizer = load_tokenizer(model)
-    key = asdict(settings)
-    inputs = [*inputs, layout.rows("train"), layout.rows("validation")]
-    with (
-        costing(results / "train.cost.json", params) as device,
-        resumable("-".join(results.parts), key, inputs) as checkpoints,
-    ):
+    key = digest(asdict(settings), [*inputs, layout.rows("train"), layout.rows("validation")])
+    checkpoints = layout.CHECKPOINTS / f"{results.name}-{key}"
+    with costing(results / "train.cost.json", params) as device:
         history = finetune(
             load_model(model, dtype=pick_dtype(settings.precision), device=device),
             encode("train", tokenizer, params),

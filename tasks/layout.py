@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+CHECKPOINTS = Path(".emloc") / "checkpoints"  # for resuming; no stage declares it
 ARTIFACTS, RESULTS, REPORT = Path("artifacts"), Path("results"), Path("report")
 
 POINTER = ARTIFACTS / "model.json"

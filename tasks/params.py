@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from emloc.settings import LoraSettings, TrainSettings
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -21,6 +20,8 @@ from pydantic import (
     model_validator,
 )
 from pydantic.dataclasses import dataclass
+
+from emloc.settings import LoraSettings, TrainSettings
 
 PARAMS = Path("params.yaml")
 STRICT = ConfigDict(extra="forbid")
@@ -173,4 +174,3 @@ def _keys_beside(place: list[str]) -> list[str]:
     if hasattr(kind, "model_fields"):
         return list(kind.model_fields)
     return [field.name for field in dataclasses.fields(kind)]
-

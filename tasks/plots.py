@@ -42,8 +42,9 @@ def quality(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str], file: 
             _quality_axis(axis, rows, labels, metric)
             axis.set(title=title, xlabel="ratio")
         handles, names = axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="lower center", ncols=len(names), bbox_to_anchor=(0.5, -0.1))
         figure.tight_layout()
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0)}
+        figure.legend(handles, names, ncols=len(names), **below)
         figure.savefig(file)
         plt.close(figure)
 
@@ -103,7 +104,8 @@ def training(curves: Mapping[str, Sequence[Mapping[str, float]]], file: Path) ->
             if fit:
                 axis.plot(*zip(*fit, strict=True), color=color, label=label)
             if held_out:
-                axis.plot(*zip(*held_out, strict=True), "o", color=color, label=f"{label}, validation")
+                points = zip(*held_out, strict=True)
+                axis.plot(*points, "o", color=color, label=f"{label}, validation")
         axis.set(xlabel="step", ylabel="loss (nats a token)", yscale="log")
         axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
         figure.savefig(file)

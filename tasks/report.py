@@ -45,10 +45,12 @@ def run(params: Params) -> None:
         plots.costs(costs, folder / "costs.png")
         (folder / "report.md").write_text(page, encoding="utf-8")
     print(quality_table(quality))
-    print(f"\nreport: {layout.REPORT / 'report.md'} (with {len(list(layout.REPORT.glob('*.png')))} "
-          "pictures beside it)")  # fmt: skip
+    print(
+        f"\nreport: {layout.REPORT / 'report.md'} (with {len(list(layout.REPORT.glob('*.png')))} "
+        "pictures beside it)"
+    )
     for ratio in params.ratios:
-        print(f"adapter for the original, by emulator {ratio}: {layout.adapter(ratio, 'corrected')}")
+        print(f"adapter of emulator {ratio}: {layout.adapter(ratio, 'corrected')}")
 
 
 def _leave_out_others(ratios: list[float]) -> None:
@@ -94,8 +96,9 @@ def collect_costs(params: Params) -> list[dict[str, Any]]:
         cost = read_json(file)
         seconds, peak = round(cost["seconds"], 1), round(cost["peak_bytes"] / 2**30, 3)
         device = cost["device"]
-        rows.append({"stage": stage, "ratio": ratio, "seconds": seconds, "peak_gib": peak,
-                     "device": device})  # fmt: skip
+        rows.append(
+            {"stage": stage, "ratio": ratio, "seconds": seconds, "peak_gib": peak, "device": device}
+        )
     return rows
 
 
@@ -103,10 +106,14 @@ def quality_table(rows: list[dict[str, Any]]) -> str:
     """The quality rows as a Markdown table, the same on the terminal and on the page."""
     header = ["model", "ratio", "exact match", "normalized", "token F1", "loss", "trained"]
     body = [
-        [LABELS[row["way"]], row["ratio"], *(f"{row[metric]:.3f}" for metric in METRICS),
-         f"{row['trained_parameters']:,}"]
+        [
+            LABELS[row["way"]],
+            row["ratio"],
+            *(f"{row[metric]:.3f}" for metric in METRICS),
+            f"{row['trained_parameters']:,}",
+        ]
         for row in rows
-    ]  # fmt: skip
+    ]
     return tabulate(body, header, tablefmt="github", disable_numparse=True, missingval="")
 
 
@@ -114,10 +121,15 @@ def cost_table(rows: list[dict[str, Any]]) -> str:
     """The cost rows as a Markdown table."""
     header = ["stage", "ratio", "seconds", "peak memory (GiB)", "device"]
     body = [
-        [row["stage"], row["ratio"], f"{row['seconds']:.1f}", f"{row['peak_gib']:.2f}",
-         row["device"]]
+        [
+            row["stage"],
+            row["ratio"],
+            f"{row['seconds']:.1f}",
+            f"{row['peak_gib']:.2f}",
+            row["device"],
+        ]
         for row in rows
-    ]  # fmt: skip
+    ]
     return tabulate(body, header, tablefmt="github", disable_numparse=True, missingval="")
 
 
@@ -126,11 +138,16 @@ def _page(params: Params, quality: list[dict[str, Any]], costs: list[dict[str, A
     prepared = read_json(layout.PREPARED)
     sizes = {r: read_json(layout.results(r) / "compress.json") for r in params.ratios}
     emulators = [
-        [r, f"{s['emulator_bytes'] / 2**20:.0f}", f"{s['original_bytes'] / 2**20:.0f}",
-         f"{s['emulator_parameters'] / s['original_parameters']:.1%}", layout.emulator(r),
-         layout.adapter(r, "corrected")]
+        [
+            r,
+            f"{s['emulator_bytes'] / 2**20:.0f}",
+            f"{s['original_bytes'] / 2**20:.0f}",
+            f"{s['emulator_parameters'] / s['original_parameters']:.1%}",
+            layout.emulator(r),
+            layout.adapter(r, "corrected"),
+        ]
         for r, s in sizes.items()
-    ]  # fmt: skip
+    ]
     header = ["ratio", "emulator (MiB)", "original (MiB)", "parameters kept", "emulator", "adapter"]
     counts = ", ".join(f"{count} {split}" for split, count in prepared["rows"].items())
     pictures = [
@@ -141,8 +158,8 @@ def _page(params: Params, quality: list[dict[str, Any]], costs: list[dict[str, A
     ]
     parts = [
         "# EMLoC report",
-        f"Original: `{pointer['name']}` (fingerprint `{pointer['fingerprint'][:12]}`). Rows: {counts}"
-        f"; {prepared['too_long']} left out as too long.",
+        f"Original: `{pointer['name']}` (fingerprint `{pointer['fingerprint'][:12]}`). "
+        f"Rows: {counts}; {prepared['too_long']} left out as too long.",
         quality_table(quality),
         "All rows are scored on the same test rows; loss is in nats a token of the answer; "
         "`trained` counts the adapter's parameters.",

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
-import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from emloc.devices import pick_device
-from emloc.files import sha256, write_json
+from emloc.files import write_json
 from emloc.memory import measure
 from tasks.params import Params, load_params
-
-CHECKPOINTS = Path(".emloc") / "checkpoints"
 
 
 def main(run: Callable[[Params], None]) -> None:
@@ -68,17 +63,3 @@ def costing(file: Path, params: Params) -> Iterator[torch.device]:
     write_json(
         file, {"seconds": cost.seconds, "peak_bytes": cost.peak_bytes, "device": cost.device}
     )
-
-
-@contextlib.contextmanager
-def resumable(name: str, settings: Mapping[str, Any], inputs: list[Path]) -> Iterator[Path]:
-    """A folder for checkpoints that is found again only by a run with the same inputs.
-
-    It lies outside the stage's outs and goes when the block ends well.
-    """
-    digest = hashlib.sha256(repr(sorted(settings.items())).encode())
-    for file in inputs:
-        digest.update(sha256(file).encode())
-    folder = CHECKPOINTS / f"{name}-{digest.hexdigest()[:16]}"
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A copy of this project with a tiny model and data of its own, for tests of stages and pipeline."""
+"""A copy of this project with a tiny model and data of its own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ import yaml
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).parent.parent
-COPIED = ("emloc", "tasks", "dvc.yaml", ".dvcignore", ".gitignore", ".dvc/config", ".dvc/.gitignore")
+COPIED = (
+    "emloc",
+    "tasks",
+    "dvc.yaml",
+    ".dvcignore",
+    ".gitignore",
+    ".dvc/config",
+    ".dvc/.gitignore",
+)
 
 
 def write_rows(file: Path, count: int = 60) -> None:
@@ -30,10 +38,24 @@ def tiny_params(model: Path, data: Path) -> dict[str, Any]:
     params["ratios"] = [0.8, 0.5]
     params["device"] = "cpu"
     params["model"] |= {"source": str(model), "sha256": None}
-    params["data"] |= {"format": "jsonl", "source": str(data), "sha256": None, "train": 30,
-                       "validation": 4, "test": 6, "max_length": 128, "chat_template": None}  # fmt: skip
+    params["data"] |= {
+        "format": "jsonl",
+        "source": str(data),
+        "sha256": None,
+        "train": 30,
+        "validation": 4,
+        "test": 6,
+        "max_length": 128,
+        "chat_template": None,
+    }
     params["calibrate"] |= {"samples": 8, "batch_size": 2}
-    params["train"] |= {"steps": 4, "batch_size": 2, "eval_steps": 2, "save_steps": 2, "log_steps": 1}
+    params["train"] |= {
+        "steps": 4,
+        "batch_size": 2,
+        "eval_steps": 2,
+        "save_steps": 2,
+        "log_steps": 1,
+    }
     params["evaluate"] |= {"batch_size": 4, "max_new_tokens": 8}
     return params
 

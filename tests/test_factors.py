@@ -133,7 +133,9 @@ def test_loss_kept_predicts_the_relative_loss(o: int, i: int) -> None:
     assert bool((factors.eigenvalues.diff() <= 0).all())
     for rank in (1, 8, 20):
         true = loss(weight, product(factors, rank), x) / energy(weight, x)
-        assert loss_kept(factors.eigenvalues, rank) == pytest.approx(true, rel=1e-5)  # measured 8e-7
+        assert loss_kept(factors.eigenvalues, rank) == pytest.approx(
+            true, rel=1e-5
+        )  # measured 8e-7
 
 
 @settings(max_examples=25, deadline=None)

@@ -22,7 +22,8 @@ IMPORTED = """
 import importlib, json, pathlib, sys
 importlib.import_module(f"tasks.{sys.argv[1]}")
 root = pathlib.Path.cwd()
-files = [pathlib.Path(m.__file__) for m in list(sys.modules.values()) if getattr(m, "__file__", None)]
+names = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
+files = [pathlib.Path(name) for name in names if name]
 print(json.dumps([f.relative_to(root).as_posix() for f in files if f.is_relative_to(root)]))
 """
 
@@ -58,7 +59,11 @@ def changed(tmp_path: Path, path: str, value: Any) -> Path:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("train.learning_rat", 1, "train.learning_rat is no known key; did you mean learning_rate?"),
+        (
+            "train.learning_rat",
+            1,
+            "train.learning_rat is no known key; did you mean learning_rate?",
+        ),
         ("train.lora.rank", 4, "train.lora.rank is no known key"),
         ("modle", {}, "modle is no known key; did you mean model?"),
         ("ratios", [1.5], "ratios.0 is 1.5, but it should be less than 1"),
@@ -96,8 +101,11 @@ def test_a_missing_params_file_says_what_to_do(tmp_path: Path) -> None:
 def test_a_stage_depends_on_just_the_modules_that_it_imports(stage: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", IMPORTED, stage],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     imported = {file for file in json.loads(done.stdout) if file.startswith(("emloc/", "tasks/"))}
     declared = {dep for dep in STAGES[stage]["deps"] if dep.endswith(".py")}
     assert declared == imported

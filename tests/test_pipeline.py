@@ -1,4 +1,4 @@
-"""The pipeline through dvc, on a tiny model: what runs again, what is restored, what is the same."""
+"""The pipeline through dvc on a tiny model: what runs again, what is restored, what is equal."""
 
 from __future__ import annotations
 
@@ -27,9 +27,12 @@ def dvc(folder: Path, *arguments: str) -> str:
         "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(
-        [sys.executable, "-m", "dvc", *arguments], cwd=folder, env=environment,
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "dvc", *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

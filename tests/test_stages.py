@@ -99,9 +99,7 @@ def test_every_way_is_scored_on_the_same_rows(finished: Path) -> None:
 
 
 def test_raw_and_corrected_adapters_differ_on_the_original(finished: Path) -> None:
-    model = load_model(
-        finished.parent / "project-inputs/model", dtype=torch.float32, device="cpu"
-    )
+    model = load_model(finished.parent / "project-inputs/model", dtype=torch.float32, device="cpu")
     logits = []
     for kind in ("raw", "corrected"):
         adapted = PeftModel.from_pretrained(model, str(finished / f"artifacts/adapters/0.5/{kind}"))
@@ -113,8 +111,16 @@ def test_raw_and_corrected_adapters_differ_on_the_original(finished: Path) -> No
 
 def test_the_report_names_every_row_and_its_pictures_are_there(finished: Path) -> None:
     page = (finished / "report/report.md").read_text()
-    for text in ("original alone", "original + direct LoRA", "emulator + raw", "original + raw",
-                 "original + corrected", "0.8", "0.5", "artifacts/adapters/0.5/corrected"):  # fmt: skip
+    for text in (
+        "original alone",
+        "original + direct LoRA",
+        "emulator + raw",
+        "original + raw",
+        "original + corrected",
+        "0.8",
+        "0.5",
+        "artifacts/adapters/0.5/corrected",
+    ):
         assert text in page
     for name in ("quality", "layers", "training", "costs"):
         assert (finished / f"report/{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -163,7 +169,11 @@ def test_prepare_refuses_bad_input_and_leaves_nothing(
     ("stage", "changes", "message"),
     [
         ("calibrate", {"calibrate": {"targets": [".*nothing.*"]}}, "calibrate.targets: '.*nothing"),
-        ("compress", {"compress": {"targets": {".*nothing.*": "ratio"}}}, "compress.targets: '.*no"),
+        (
+            "compress",
+            {"compress": {"targets": {".*nothing.*": "ratio"}}},
+            "compress.targets: '.*no",
+        ),
         ("compress", {"compress": {"targets": {".*": 0.95}}}, "calibrate.max_ratio"),
         ("train", {"train": {"lora": {"target_modules": "nothing"}}}, "target_modules"),
     ],

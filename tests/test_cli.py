@@ -1,0 +1,174 @@
+"""The command line on plain folders, from calibration to a merged checkpoint."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from typer.testing import CliRunner
+
+from emloc.__main__ import app
+from emloc.models import load_model
+from tests.project import ROOT, write_rows
+from tests.tiny import save_tiny
+
+COMMANDS = ("calibrate", "compress", "train", "correct", "merge", "generate")
+
+
+def emloc(*arguments: object) -> str:
+    """Run a command in this process; what it printed."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All commands but `generate`, one after the other, on a tiny model."""
+    folder = tmp_path_factory.mktemp("cli")
+    model, rows = save_tiny("qwen2", folder / "model"), folder / "rows.jsonl"
+    write_rows(rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EMLOC_CACHE", str(folder / "cache"))
+        emloc(
+            "calibrate",
+            model,
+            "--data",
+            rows,
+            "--samples",
+            8,
+            "--out",
+            folder / "factors",
+            "--dtype",
+            "float32",
+        )
+        emloc(
+            "compress",
+            model,
+            "--factors",
+            folder / "factors",
+            "--ratio",
+            0.5,
+            "--out",
+            folder / "emulator",
+        )
+        emloc(
+            "train",
+            folder / "emulator",
+            "--data",
+            rows,
+            "--steps",
+            3,
+            "--precision",
+            "float32",
+            "--r",
+            2,
+            "--alpha",
+            8,
+            "--out",
+            folder / "raw",
+        )
+        emloc(
+            "correct",
+            folder / "raw",
+            "--model",
+            model,
+            "--emulator",
+            folder / "emulator",
+            "--out",
+            folder / "corrected",
+        )
+        emloc(
+            "merge",
+            folder / "corrected",
+            "--model",
+            model,
+            "--out",
+            folder / "merged",
+            "--dtype",
+            "float32",
+        )
+    return folder
+
+
+def test_the_merged_checkpoint_equals_original_and_adapter(folder: Path) -> None:
+    original = load_model(folder / "model", dtype=torch.float32, device="cpu")
+    merged = load_model(folder / "merged", dtype=torch.float32, device="cpu")
+    tokens = torch.arange(16)[None]
+    with torch.no_grad():
+        alone = original(tokens).logits
+        adapted = PeftModel.from_pretrained(original, str(folder / "corrected"))(tokens).logits
+        torch.testing.assert_close(merged(tokens).logits, adapted, rtol=1e-4, atol=1e-4)
+        assert (adapted - alone).abs().max() > 1e-3
+
+
+def test_generate_answers_each_prompt(folder: Path) -> None:
+    said = emloc(
+        "generate",
+        folder / "model",
+        "--adapter",
+        folder / "corrected",
+        "--prompt",
+        "3a",
+        "--prompt",
+        "2b",
+        "--max-new-tokens",
+        4,
+        "--dtype",
+        "float32",
+    )
+    merged = emloc(
+        "generate",
+        folder / "merged",
+        "--prompt",
+        "3a",
+        "--prompt",
+        "2b",
+        "--max-new-tokens",
+        4,
+        "--dtype",
+        "float32",
+    )
+    assert said == merged
+    assert said.count("\n") >= 2
+
+
+def test_merging_into_an_emulator_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="name the original"):
+        emloc("merge", folder / "raw", "--model", folder / "emulator", "--out", folder / "no")
+    assert not (folder / "no").exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str) -> None:
+    assert "--" in emloc(command, "--help")
+
+
+def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "emloc",
+            "correct",
+            "raw",
+            "--model",
+            str(tmp_path / "none"),
+            "--emulator",
+            "emulator",
+            "--out",
+            "out",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: There is no model at")
+    assert done.stderr.strip().count("\n") == 0

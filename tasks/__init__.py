@@ -1,0 +1,1 @@
+"""One DVC stage a module: python -m tasks.NAME [ratio]."""

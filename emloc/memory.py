@@ -1,4 +1,4 @@
-"""Measured cost of a piece of work: seconds and peak memory."""
+"""Memory: what a piece of work took, and freed memory that goes back to the system."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ _STATUS = Path("/proc/self/status")
 _INTERVAL_SECONDS = 0.02
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # from glibc's malloc.h
 _LARGE_BLOCK_BYTES = 1 << 20
+_MKL_FREE = "mkl_serv_free_buffers"  # mkl_free_buffers, as torch exports it
 
 
 @dataclass
@@ -38,18 +39,24 @@ class Cost:
 
 
 def give_back_freed_memory() -> None:
-    """Make the C library and MKL return freed memory, from here on in the whole process.
+    """Make the C library return freed memory to the system, from here on in the whole process.
 
-    By default glibc keeps a pool of freed memory for each thread and MKL keeps buffers for each, so
-    that a hundred threads that run one after the other hold a hundred times what one of them needs.
-    With one pool, with large blocks outside of it, and without MKL's buffers, they hold it once.
-    MKL looks at its setting at its first use only. On other systems this does nothing.
+    By default glibc keeps a pool of freed memory for each thread, so that a hundred threads that
+    run one after the other hold a hundred times what one of them needs. With one pool, and with
+    large blocks outside of it, they hold it once. On other systems this does nothing.
     """
-    os.environ.setdefault("MKL_DISABLE_FAST_MM", "1")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
         mallopt(_M_ARENA_MAX, 1)
         mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
+
+
+def free_math_buffers() -> None:
+    """Free the buffers that MKL, if torch computes with it, keeps for every thread that used it."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    free = getattr(ctypes.CDLL(str(library)), _MKL_FREE, None) if library.exists() else None
+    if free is not None:
+        free()
 
 
 def anonymous_bytes() -> int:

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from emloc.memory import give_back_freed_memory
+from emloc.memory import free_math_buffers, give_back_freed_memory
 from emloc.models import OpenedModel
 
 MAX_THREADS = 256  # compute threads in all, over the threads of all batches
@@ -248,6 +248,7 @@ class Stream:
             one.resume()
         finally:
             self._running = None
+            free_math_buffers()
         if one.done:
             if on_output is not None:
                 on_output(one.index, one.result)

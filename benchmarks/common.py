@@ -1,0 +1,68 @@
+"""What the benchmarks share: the machine in words, timing, a Markdown table, a results file."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emloc.files import write_json
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores and versions: what a reader needs to judge a figure, and nothing private."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": platform.system(),
+    }
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def seconds(works: Mapping[str, Callable[[], Any]], *, repeats: int) -> dict[str, float]:
+    """Median wall-clock seconds of several pieces of work, in turns, so that noise hits them alike.
+
+    Call it on something small first to warm up.
+    """
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repeats):
+        for name, work in works.items():
+            started = time.perf_counter()
+            work()
+            times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table; columns after the first are aligned to the right."""
+    lines = [list(header), ["---", *["---:"] * (len(header) - 1)]]
+    lines += [[str(cell) for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def save_results(name: str, results: Any, *, folder: Path = RESULTS) -> Path:
+    """Write results with the date and the machine to a JSON file of the given name."""
+    path = folder / f"{name}.json"
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    write_json(path, {"date": today, "machine": machine(), "results": results})
+    return path

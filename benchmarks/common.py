@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tabulate import tabulate
 
 from emloc.files import write_json
 
@@ -55,9 +56,8 @@ def seconds(works: Mapping[str, Callable[[], Any]], *, repeats: int) -> dict[str
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table; columns after the first are aligned to the right."""
-    lines = [list(header), ["---", *["---:"] * (len(header) - 1)]]
-    lines += [[str(cell) for cell in row] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    sides = ["left", *["right"] * (len(header) - 1)]
+    return tabulate(rows, header, tablefmt="pipe", colalign=sides, disable_numparse=True)
 
 
 def save_results(name: str, results: Any, *, folder: Path = RESULTS) -> Path:

@@ -39,7 +39,7 @@ def test_results_tell_the_machine_but_no_names(tmp_path: Path) -> None:
     content = json.loads(path.read_text())
     assert content["results"] == [{"a": 1}]
     assert set(content["machine"]) == {"cpu", "cores", "threads", "python", "torch", "system"}
-    assert markdown(["a", "b"], [["x", 1]]) == "| a | b |\n| --- | ---: |\n| x | 1 |"
+    assert markdown(["a", "b"], [["x", 1]]) == "| a   |   b |\n|:----|----:|\n| x   |   1 |"
 
 
 @pytest.mark.slow

@@ -19,9 +19,9 @@ from tests.tiny import save_tiny
 COMMANDS = ("calibrate", "compress", "train", "correct", "merge", "generate")
 
 
-def emloc(*arguments: object) -> str:
-    """Run a command in this process; what it printed."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+def emloc(line: str) -> str:
+    """Run a command line in this process; what it printed."""
+    result = CliRunner().invoke(app, line.split())
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == 0, result.output
@@ -31,70 +31,18 @@ def emloc(*arguments: object) -> str:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All commands but `generate`, one after the other, on a tiny model."""
-    folder = tmp_path_factory.mktemp("cli")
-    model, rows = save_tiny("qwen2", folder / "model"), folder / "rows.jsonl"
-    write_rows(rows)
+    at = tmp_path_factory.mktemp("cli")
+    save_tiny("qwen2", at / "model")
+    write_rows(at / "rows.jsonl")
+    data, model = f"--data {at}/rows.jsonl", f"--model {at}/model"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EMLOC_CACHE", str(folder / "cache"))
-        emloc(
-            "calibrate",
-            model,
-            "--data",
-            rows,
-            "--samples",
-            8,
-            "--out",
-            folder / "factors",
-            "--dtype",
-            "float32",
-        )
-        emloc(
-            "compress",
-            model,
-            "--factors",
-            folder / "factors",
-            "--ratio",
-            0.5,
-            "--out",
-            folder / "emulator",
-        )
-        emloc(
-            "train",
-            folder / "emulator",
-            "--data",
-            rows,
-            "--steps",
-            3,
-            "--precision",
-            "float32",
-            "--r",
-            2,
-            "--alpha",
-            8,
-            "--out",
-            folder / "raw",
-        )
-        emloc(
-            "correct",
-            folder / "raw",
-            "--model",
-            model,
-            "--emulator",
-            folder / "emulator",
-            "--out",
-            folder / "corrected",
-        )
-        emloc(
-            "merge",
-            folder / "corrected",
-            "--model",
-            model,
-            "--out",
-            folder / "merged",
-            "--dtype",
-            "float32",
-        )
-    return folder
+        patch.setenv("EMLOC_CACHE", str(at / "cache"))
+        emloc(f"calibrate {at}/model {data} --samples 8 --dtype float32 --out {at}/factors")
+        emloc(f"compress {at}/model --factors {at}/factors --ratio 0.5 --out {at}/emulator")
+        emloc(f"train {at}/emulator {data} --steps 3 --precision float32 --alpha 8 --out {at}/raw")
+        emloc(f"correct {at}/raw {model} --emulator {at}/emulator --out {at}/corrected")
+        emloc(f"merge {at}/corrected {model} --dtype float32 --out {at}/merged")
+    return at
 
 
 def test_the_merged_checkpoint_equals_original_and_adapter(folder: Path) -> None:
@@ -109,65 +57,27 @@ def test_the_merged_checkpoint_equals_original_and_adapter(folder: Path) -> None
 
 
 def test_generate_answers_each_prompt(folder: Path) -> None:
-    said = emloc(
-        "generate",
-        folder / "model",
-        "--adapter",
-        folder / "corrected",
-        "--prompt",
-        "3a",
-        "--prompt",
-        "2b",
-        "--max-new-tokens",
-        4,
-        "--dtype",
-        "float32",
-    )
-    merged = emloc(
-        "generate",
-        folder / "merged",
-        "--prompt",
-        "3a",
-        "--prompt",
-        "2b",
-        "--max-new-tokens",
-        4,
-        "--dtype",
-        "float32",
-    )
-    assert said == merged
+    asked = "--prompt 3a --prompt 2b --max-new-tokens 4 --dtype float32"
+    said = emloc(f"generate {folder}/model --adapter {folder}/corrected {asked}")
+    assert said == emloc(f"generate {folder}/merged {asked}")
     assert said.count("\n") >= 2
 
 
 def test_merging_into_an_emulator_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match="name the original"):
-        emloc("merge", folder / "raw", "--model", folder / "emulator", "--out", folder / "no")
+        emloc(f"merge {folder}/raw --model {folder}/emulator --out {folder}/no")
     assert not (folder / "no").exists()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str) -> None:
-    assert "--" in emloc(command, "--help")
+    assert "--" in emloc(f"{command} --help")
 
 
 def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
+    line = f"correct raw --model {tmp_path}/none --emulator emulator --out out"
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "emloc",
-            "correct",
-            "raw",
-            "--model",
-            str(tmp_path / "none"),
-            "--emulator",
-            "emulator",
-            "--out",
-            "out",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
+        [sys.executable, "-m", "emloc", *line.split()], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 1
     assert done.stderr.startswith("error: There is no model at")

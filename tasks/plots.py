@@ -63,10 +63,7 @@ def _quality_axis(
         x, y = zip(*sorted(points), strict=True)
         axis.plot(x, y, "o-", color=COLORS[way], label=labels[way])
     axis.set_xticks(sorted({row["ratio"] for row in rows if row["ratio"] is not None}))
-    if metric == "loss":
-        axis.set_yscale("log")
-    else:
-        axis.set_ylim(0, None)
+    axis.set_ylim(0, None)
 
 
 def layers(by_ratio: Mapping[float, Sequence[Mapping[str, str]]], file: Path) -> None:
@@ -106,7 +103,7 @@ def training(curves: Mapping[str, Sequence[Mapping[str, float]]], file: Path) ->
             if held_out:
                 points = zip(*held_out, strict=True)
                 axis.plot(*points, "o", color=color, label=f"{label}, validation")
-        axis.set(xlabel="step", ylabel="loss (nats a token)", yscale="log")
+        axis.set(xlabel="step", ylabel="loss (nats a token)", ylim=(0, None))
         axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
         figure.savefig(file)
         plt.close(figure)

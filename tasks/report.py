@@ -14,6 +14,7 @@ from tasks import layout, plots
 from tasks.params import Params
 from tasks.stage import main
 
+GIB = 2**30
 METRICS = ("exact_match", "normalized_match", "token_f1", "loss")
 LABELS = {
     "original": "original alone",
@@ -67,17 +68,29 @@ def _leave_out_others(ratios: list[float]) -> None:
 
 
 def collect_quality(params: Params) -> list[dict[str, Any]]:
-    """A row for each way to answer the test rows: way, ratio (None where none applies), metrics."""
-    baseline = read_json(layout.BASELINE / "baseline.json")
-    trained = {None: read_json(layout.DIRECT / "train.json").get("trainable_parameters")}
-    rows = [{"way": way, "ratio": None, **baseline[way]} for way in baseline]
+    """A row for each way to answer the test rows: way, ratio (None where none applies), metrics,
+    and the adapter's parameters and what its training took (None where nothing was trained)."""
+    metrics = read_json(layout.BASELINE / "baseline.json")
+    rows = [{"way": "original", "ratio": None, **metrics["original"], **_training(None)}]
+    if params.evaluate.direct:
+        trained = _training(layout.DIRECT)
+        rows.append({"way": "direct", "ratio": None, **metrics["direct"], **trained})
     for ratio in params.ratios:
-        trained[ratio] = read_json(layout.results(ratio) / "train.json")["trainable_parameters"]
+        trained = _training(layout.results(ratio))
         metrics = read_json(layout.results(ratio) / "evaluate.json")
-        rows += [{"way": way, "ratio": ratio, **metrics[way]} for way in layout.WAYS]
-    for row in rows:
-        row["trained_parameters"] = 0 if row["way"] == "original" else trained[row["ratio"]]
+        rows += [{"way": way, "ratio": ratio, **metrics[way], **trained} for way in layout.WAYS]
     return rows
+
+
+def _training(folder: Path | None) -> dict[str, Any]:
+    if folder is None:
+        return {"trained_parameters": 0, "train_seconds": None, "train_peak_gib": None}
+    cost = read_json(folder / "train.cost.json")
+    return {
+        "trained_parameters": read_json(folder / "train.json")["trainable_parameters"],
+        "train_seconds": round(cost["seconds"], 1),
+        "train_peak_gib": round(cost["peak_bytes"] / GIB, 3),
+    }
 
 
 def collect_costs(params: Params) -> list[dict[str, Any]]:
@@ -94,7 +107,7 @@ def collect_costs(params: Params) -> list[dict[str, Any]]:
     rows = []
     for stage, ratio, file in files:
         cost = read_json(file)
-        seconds, peak = round(cost["seconds"], 1), round(cost["peak_bytes"] / 2**30, 3)
+        seconds, peak = round(cost["seconds"], 1), round(cost["peak_bytes"] / GIB, 3)
         device = cost["device"]
         rows.append(
             {"stage": stage, "ratio": ratio, "seconds": seconds, "peak_gib": peak, "device": device}
@@ -104,13 +117,15 @@ def collect_costs(params: Params) -> list[dict[str, Any]]:
 
 def quality_table(rows: list[dict[str, Any]]) -> str:
     """The quality rows as a Markdown table, the same on the terminal and on the page."""
-    header = ["model", "ratio", "exact match", "normalized", "token F1", "loss", "trained"]
+    header = ["model", "ratio", "exact match", "normalized", "F1", "loss", "trained", "GiB", "s"]
     body = [
         [
             LABELS[row["way"]],
             row["ratio"],
             *(f"{row[metric]:.3f}" for metric in METRICS),
             f"{row['trained_parameters']:,}",
+            None if row["train_peak_gib"] is None else f"{row['train_peak_gib']:.2f}",
+            None if row["train_seconds"] is None else f"{row['train_seconds']:.0f}",
         ]
         for row in rows
     ]
@@ -161,8 +176,9 @@ def _page(params: Params, quality: list[dict[str, Any]], costs: list[dict[str, A
         f"Original: `{pointer['name']}` (fingerprint `{pointer['fingerprint'][:12]}`). "
         f"Rows: {counts}; {prepared['too_long']} left out as too long.",
         quality_table(quality),
-        "All rows are scored on the same test rows; loss is in nats a token of the answer; "
-        "`trained` counts the adapter's parameters.",
+        "All are scored on the same test rows; loss is in nats a token of the answer. `trained` "
+        "counts the adapter's parameters; GiB and s are the peak memory and the seconds of its "
+        "training.",
         tabulate(emulators, header, tablefmt="github", disable_numparse=True),
         *(f"## {title}\n\n![{title}]({name}.png)" for name, title in pictures),
         cost_table(costs),

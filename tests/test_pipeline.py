@@ -163,6 +163,38 @@ def test_metrics_and_plots_are_shown_by_dvc(project: tuple[Path, dict[str, Any]]
     assert "report/quality.csv" in dvc(folder, "plots", "show", "--json")
 
 
+def test_a_team_gets_everything_from_a_remote_without_running_a_stage(
+    project: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder, params = project
+    first = clone(folder, tmp_path / "first", params)
+    dvc(first, "cache", "dir", str(folder / ".dvc/cache"))
+    dvc(first, "repro")
+    dvc(first, "remote", "add", "-d", "team", str(tmp_path / "remote"))
+    git(first, "add", ".")
+    git(first, "commit", "--quiet", "--message", "results")
+    dvc(first, "push")
+    second = clone(first, tmp_path / "second", params)
+    dvc(second, "config", "--local", "cache.dir", str(tmp_path / "empty-cache"))
+    assert not ran(dvc(second, "repro", "--pull"))
+    assert (second / "artifacts/emulators/0.5/model.safetensors").exists()
+    assert "original + corrected" in (second / "report/report.md").read_text()
+
+
+def test_an_experiment_sets_a_value_and_reruns_what_it_touches(
+    project: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder, params = project
+    cloned = clone(folder, tmp_path / "clone", params)
+    dvc(cloned, "cache", "dir", str(folder / ".dvc/cache"))
+    dvc(cloned, "repro")
+    git(cloned, "add", ".")
+    git(cloned, "commit", "--quiet", "--message", "first")
+    printed = dvc(cloned, "exp", "run", "-S", "correct.limit=1", "--name", "tighter")
+    assert ran(printed) == {"correct@0.8", "correct@0.5", "evaluate@0.8", "evaluate@0.5", "report"}
+    assert "tighter" in dvc(cloned, "exp", "show", "--csv")
+
+
 def test_a_failed_stage_says_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "project"
     params = start(folder)

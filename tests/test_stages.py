@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from peft import PeftModel
 from emloc.files import read_json, read_jsonl
 from emloc.metrics import score
 from emloc.models import load_model
+from emloc.trainer import StepWatch
 from tasks.params import load_params
 from tests.project import make_project, write_params
 
@@ -132,6 +134,36 @@ def test_the_report_names_every_row_and_its_pictures_are_there(finished: Path) -
 
 def test_no_checkpoint_is_left_after_training(finished: Path) -> None:
     assert not list((finished / ".emloc/checkpoints").iterdir())
+
+
+def test_a_stopped_training_goes_on_and_gives_the_same_adapter(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = make_project(tmp_path / "project")
+    params["model"]["source"] = str(finished.parent / "project-inputs/model")
+    write_params(tmp_path / "project", params)
+    for name in ("artifacts", "results"):
+        shutil.copytree(finished / name, tmp_path / "project" / name)
+    monkeypatch.chdir(tmp_path / "project")
+    adapter = Path("artifacts/adapters/0.5/raw/adapter_model.safetensors")
+    expected = adapter.read_bytes()
+    shutil.rmtree(adapter.parent)
+    begun = []
+
+    def stop_at_third_step(watch: StepWatch, args: Any, state: Any, control: Any, **_: Any) -> None:
+        begun.append(state.global_step)
+        if state.global_step == 3 and len(begun) == 3:
+            raise KeyboardInterrupt
+        step_end(watch, args, state, control)
+
+    step_end = StepWatch.on_step_end
+    monkeypatch.setattr(StepWatch, "on_step_end", stop_at_third_step)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage("train", 0.5)
+    assert not adapter.exists()
+    run_stage("train", 0.5)
+    assert begun == [1, 2, 3, 3, 4]
+    assert adapter.read_bytes() == expected
 
 
 def test_without_direct_the_report_has_no_upper_bound(

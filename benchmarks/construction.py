@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from benchmarks.common import markdown, save_results, seconds
 from emloc.calibrate import Moments
@@ -188,18 +189,22 @@ class _Inputs:
         return add
 
 
-def smollm2(repeats: int) -> dict[str, Any]:
-    """Both routes on all linears of SmolLM2's blocks, from moments over rows of codespell."""
-    path = resolve_model(MODEL, sha256=MODEL_SHA256)
+def codespell_batches(tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Tensor]]:
+    """`ROWS` rows of codespell, drawn with a seed, as padded batches of 32."""
     rows = codespell_rows(fetch_pypi(DATA, sha256=DATA_SHA256))
-    tokenizer = load_tokenizer(path)
     chosen = random.Random(0).sample(rows, ROWS)
     examples = encode_rows(chosen, tokenizer, max_length=256, source="codespell")
     pad = tokenizer.pad_token_id
-    batches = [
+    return [
         collate(examples[start : start + 32], pad_token_id=pad, side="right")
         for start in range(0, ROWS, 32)
     ]
+
+
+def smollm2(repeats: int) -> dict[str, Any]:
+    """Both routes on all linears of SmolLM2's blocks, from moments over rows of codespell."""
+    path = resolve_model(MODEL, sha256=MODEL_SHA256)
+    batches = codespell_batches(load_tokenizer(path))
     model = load_model(path, dtype=torch.float32, device="cpu")
     linears = {
         name: module

@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,29 +139,17 @@ def correct_adapter(
     tensors = _read_raw(adapter)
     ranks = _ranks(emulator)
     scalings = _scalings(adapter, original)
+    _check_shapes(adapter, tensors, original, scalings)
     report = []
     with full_float32():
-        for name in tqdm(sorted(scalings), desc="correct", disable=not progress):
-            key_a, key_b = (f"{PREFIX}{name}.lora_{letter}.weight" for letter in "AB")
-            if key_a not in tensors or key_b not in tensors:
-                raise ValueError(
-                    f"{adapter} holds no weights for {name}, which its config names: the adapter "
-                    "is incomplete; train it again."
-                )
-            if name not in ranks:
-                continue
+        names = sorted(set(scalings) & set(ranks))
+        for name in tqdm(names, desc="correct", disable=not progress):
             parts = emulator.store.read([f"{name}.weight", f"{name}.weight_in"], device)
-            weight = original.store.read([f"{name}.weight"], device)[f"{name}.weight"]
-            shape = (tensors[key_b].shape[0], tensors[key_a].shape[1])
-            if shape != weight.shape:
-                raise ValueError(
-                    f"{adapter} does not fit the original: at {name} it is for a "
-                    f"{shape[0]}×{shape[1]} layer instead of {weight.shape[0]}×{weight.shape[1]}."
-                )
+            key_a, key_b = _keys(name)
             lora_a, lora_b, size, clamped = correct_layer(
                 tensors[key_a].to(device),
                 tensors[key_b].to(device),
-                weight,
+                original.store.read([f"{name}.weight"], device)[f"{name}.weight"],
                 (parts[f"{name}.weight"], parts[f"{name}.weight_in"]),
                 scaling=scalings[name],
                 limit=limit,
@@ -171,6 +160,32 @@ def correct_adapter(
         shutil.copytree(adapter, folder)
         _save_marked(tensors, folder / WEIGHTS)
     return report
+
+
+def _keys(name: str) -> tuple[str, str]:
+    """Names of A and B of a layer in an adapter's file."""
+    return f"{PREFIX}{name}.lora_A.weight", f"{PREFIX}{name}.lora_B.weight"
+
+
+def _check_shapes(
+    adapter: Path, tensors: dict[str, Tensor], original: OpenedModel, names: Iterable[str]
+) -> None:
+    """Refuse an adapter with missing tensors, or for layers of another shape."""
+    for name in names:
+        key_a, key_b = _keys(name)
+        if key_a not in tensors or key_b not in tensors:
+            raise ValueError(
+                f"{adapter} holds no weights for {name}, which its config names: the adapter "
+                "is incomplete; train it again."
+            )
+        shape = (tensors[key_b].shape[0], tensors[key_a].shape[1])
+        module = original.model.get_submodule(name)
+        if isinstance(module, nn.Linear) and shape != module.weight.shape:
+            raise ValueError(
+                f"{adapter} does not fit the original: at {name} it is for a "
+                f"{shape[0]}×{shape[1]} layer instead of "
+                f"{module.out_features}×{module.in_features}; name the model it was made for."
+            )
 
 
 def _save_marked(tensors: dict[str, Tensor], file: Path) -> None:

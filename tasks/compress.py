@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-from dataclasses import asdict
-
 from emloc.calibrate import FactorFiles
 from emloc.devices import pick_dtype
 from emloc.emulator import cut, plan_ranks, table
-from emloc.files import write_json, writing
+from emloc.files import write_json
 from emloc.models import open_model
 from emloc.targets import ratios_for
 from tasks import layout
 from tasks.original import find_original
 from tasks.params import Params
 from tasks.stage import costing, main_with_ratio
+from tasks.tables import write_csv
 
 
 def run(params: Params, ratio: float) -> None:
@@ -35,10 +33,8 @@ def run(params: Params, ratio: float) -> None:
             base_name=pointer["name"],
             progress=True,
         )
-    with writing(folder / "layers.csv") as partial, open(partial, "w", newline="") as file:
-        writer = csv.DictWriter(file, asdict(plan[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(layer) for layer in plan)
+    layers = sizes.pop("layers")
+    write_csv(folder / "layers.csv", list(layers[0]), layers)
     write_json(folder / "compress.json", sizes)
     print(table(plan))
     print(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from statistics import mean
 
-from emloc.correct import correct_adapter
+from emloc.correct import LayerCorrection, correct_adapter
 from emloc.devices import pick_dtype
 from emloc.files import write_json
 from emloc.models import open_model
@@ -13,6 +13,7 @@ from tasks import layout
 from tasks.original import find_original
 from tasks.params import Params
 from tasks.stage import costing, main_with_ratio
+from tasks.tables import write_csv
 
 
 def run(params: Params, ratio: float) -> None:
@@ -30,12 +31,13 @@ def run(params: Params, ratio: float) -> None:
             device=device,
             progress=True,
         )
+    columns = [column.name for column in fields(LayerCorrection)]
+    write_csv(folder / "correct.csv", columns, (asdict(layer) for layer in layers))
     write_json(
         folder / "correct.json",
         {
             "mean_size": mean(layer.size for layer in layers) if layers else 0.0,
             "clamped": mean(layer.clamped for layer in layers) if layers else 0.0,
-            "layers": {layer.name: asdict(layer) for layer in layers},
         },
     )
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from emloc.files import write_json, writing
 from tasks import layout
-from tasks.fit import fit, write_curve
+from tasks.fit import CURVE, fit
 from tasks.original import find_original
 from tasks.params import Params
 from tasks.stage import costing, main
+from tasks.tables import write_csv
 
 
 def run(params: Params) -> None:
     """The same training as on the emulators; empty results if params.yaml does not ask for it."""
     if not params.evaluate.direct:
         with costing(layout.DIRECT / "train.cost.json", params):
-            write_curve(layout.DIRECT / "train.csv", [])
+            write_csv(layout.DIRECT / "train.csv", CURVE, [])
             write_json(layout.DIRECT / "train.json", {})
             with writing(layout.DIRECT_ADAPTER) as folder:
                 folder.mkdir()

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import asdict
 from pathlib import Path
 
 from emloc.devices import pick_dtype
 from emloc.families.text import load_tokenizer
-from emloc.files import digest, write_json, writing
+from emloc.files import digest, write_json
 from emloc.finetune import finetune
 from emloc.models import load_model
 from tasks import layout
 from tasks.encoding import encode
 from tasks.params import Params
 from tasks.stage import costing
+from tasks.tables import write_csv
 
-COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "eval_loss")
+CURVE = ("step", "loss", "learning_rate", "grad_norm", "eval_loss")
 
 
 def fit(
@@ -47,14 +47,6 @@ def fit(
             checkpoints=checkpoints,
         )
     curve = history.pop("history")
-    write_curve(results / "train.csv", curve)
+    write_csv(results / "train.csv", CURVE, curve)
     last = next((row["eval_loss"] for row in reversed(curve) if "eval_loss" in row), None)
     write_json(results / "train.json", {**history, "validation_loss": last})
-
-
-def write_curve(file: Path, curve: list[dict[str, float]]) -> None:
-    """The training curve as CSV; a cell is empty where nothing was measured."""
-    with writing(file) as partial, open(partial, "w", newline="") as opened:
-        writer = csv.DictWriter(opened, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(curve)

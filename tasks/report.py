@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from emloc.files import read_json, writing
 from tasks import layout, plots
 from tasks.params import Params
 from tasks.stage import main
+from tasks.tables import read_csv, write_csv
 
 GIB = 2**30
 METRICS = ("exact_match", "normalized_match", "token_f1", "loss")
@@ -34,12 +34,12 @@ def run(params: Params) -> None:
     curves = {f"emulator {ratio}": _curve(layout.results(ratio)) for ratio in params.ratios}
     if params.evaluate.direct:
         curves["original (direct)"] = _curve(layout.DIRECT)
-    layers = {ratio: _read_csv(layout.results(ratio) / "layers.csv") for ratio in params.ratios}
+    layers = {ratio: read_csv(layout.results(ratio) / "layers.csv") for ratio in params.ratios}
     page = _page(params, quality, costs)
     with writing(layout.REPORT) as folder:
         folder.mkdir()
-        _write_csv(folder / "quality.csv", quality)
-        _write_csv(folder / "costs.csv", costs)
+        write_csv(folder / "quality.csv", list(quality[0]), quality)
+        write_csv(folder / "costs.csv", list(costs[0]), costs)
         plots.quality(quality, LABELS, folder / "quality.png")
         plots.layers(layers, folder / "layers.png")
         plots.training(curves, folder / "training.png")
@@ -189,20 +189,8 @@ def _page(params: Params, quality: list[dict[str, Any]], costs: list[dict[str, A
 
 
 def _curve(folder: Path) -> list[dict[str, float]]:
-    rows = _read_csv(folder / "train.csv")
+    rows = read_csv(folder / "train.csv")
     return [{key: float(value) for key, value in row.items() if value} for row in rows]
-
-
-def _read_csv(file: Path) -> list[dict[str, str]]:
-    with open(file, newline="", encoding="utf-8") as opened:
-        return list(csv.DictReader(opened))
-
-
-def _write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
-    with open(file, "w", newline="", encoding="utf-8") as opened:
-        writer = csv.DictWriter(opened, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

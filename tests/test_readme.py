@@ -18,7 +18,9 @@ def test_ci_runs_the_readmes_test_command() -> None:
     assert command in (ROOT / ".ci/run").read_text().splitlines()
 
 
-@pytest.mark.parametrize("module", sorted(set(re.findall(r"python -m ([a-z_.]+)(?=[\s`])", README))))
+@pytest.mark.parametrize(
+    "module", sorted(set(re.findall(r"python -m ([a-z_.]+)(?=[\s`])", README)))
+)
 def test_a_module_that_the_readme_runs_exists(module: str) -> None:
     assert importlib.util.find_spec(module) is not None
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,10 +54,16 @@ def give_back_freed_memory() -> None:
 
 def free_math_buffers() -> None:
     """Free the buffers that MKL, if torch computes with it, keeps for every thread that used it."""
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    free = getattr(ctypes.CDLL(str(library)), _MKL_FREE, None) if library.exists() else None
+    free = _mkl_free()
     if free is not None:
         free()
+
+
+@functools.cache
+def _mkl_free() -> Callable[[], object] | None:
+    """MKL's own function, looked up once: streaming calls it after each batch of each unit."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    return getattr(ctypes.CDLL(str(library)), _MKL_FREE, None) if library.exists() else None
 
 
 def anonymous_bytes() -> int:

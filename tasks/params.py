@@ -15,7 +15,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    TypeAdapter,
     ValidationError,
     model_validator,
 )
@@ -142,7 +141,7 @@ def load_params(path: Path | str = PARAMS) -> Params:
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     try:
-        return TypeAdapter(Params).validate_python(content)
+        return Params.model_validate(content)
     except ValidationError as error:
         raise ValueError(f"{path}: {_sentence(error)}") from None
 

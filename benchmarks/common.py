@@ -3,41 +3,18 @@
 from __future__ import annotations
 
 import datetime
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tabulate import tabulate
 
+from emloc.devices import describe_machine
 from emloc.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def machine() -> dict[str, Any]:
-    """Processor, cores and versions: what a reader needs to judge a figure, and nothing private."""
-    return {
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "system": platform.system(),
-    }
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def seconds(works: Mapping[str, Callable[[], Any]], *, repeats: int) -> dict[str, float]:
@@ -64,5 +41,5 @@ def save_results(name: str, results: Any, *, folder: Path = RESULTS) -> Path:
     """Write results with the date and the machine to a JSON file of the given name."""
     path = folder / f"{name}.json"
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    write_json(path, {"date": today, "machine": machine(), "results": results})
+    write_json(path, {"date": today, "machine": describe_machine(), "results": results})
     return path

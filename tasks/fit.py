@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+from filelock import FileLock
+
 from emloc.devices import pick_dtype
 from emloc.families.text import load_tokenizer
 from emloc.files import digest, write_json
@@ -34,7 +36,12 @@ def fit(
     tokenizer = load_tokenizer(model)
     key = digest(asdict(settings), [*inputs, layout.rows("train"), layout.rows("validation")])
     checkpoints = layout.CHECKPOINTS / f"{results.name}-{key}"
-    with costing(results / "train.cost.json", params) as device:
+    checkpoints.parent.mkdir(parents=True, exist_ok=True)
+    # Another clone that shares the checkpoints may be training this very adapter.
+    with (
+        FileLock(f"{checkpoints}.lock"),
+        costing(results / "train.cost.json", params) as device,
+    ):
         history = finetune(
             load_model(model, dtype=pick_dtype(settings.precision), device=device),
             encode("train", tokenizer, params),

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-CHECKPOINTS = Path(".emloc") / "checkpoints"  # for resuming; no stage declares it
+# For resuming; no stage declares it. Clones that come and go share one outside of them.
+CHECKPOINTS = Path(os.environ.get("EMLOC_CHECKPOINTS", ".emloc/checkpoints"))
 ARTIFACTS, RESULTS, REPORT = Path("artifacts"), Path("results"), Path("report")
 
 POINTER = ARTIFACTS / "model.json"

@@ -98,6 +98,13 @@ class Evaluate(Section):
     direct: bool = False
 
 
+class Mlflow(Section):
+    """`mlflow`: where runs are logged; no stage reads it."""
+
+    experiment: str = Field(default="emloc", min_length=1)
+    tracking_uri: str = "sqlite:///mlflow.db"
+
+
 class Params(Section):
     """All of params.yaml."""
 
@@ -110,6 +117,7 @@ class Params(Section):
     train: Train
     correct: Correct
     evaluate: Evaluate
+    mlflow: Mlflow = Mlflow()
 
     @model_validator(mode="after")
     def _ratios_fit(self) -> Params:

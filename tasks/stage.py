@@ -6,11 +6,12 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from emloc.devices import pick_device
+from emloc.devices import describe_machine, pick_device
 from emloc.files import write_json
 from emloc.memory import measure
 from tasks.params import Params, load_params
@@ -56,10 +57,8 @@ def _one_sentence() -> Iterator[None]:
 
 @contextlib.contextmanager
 def costing(file: Path, params: Params) -> Iterator[torch.device]:
-    """Hand out the device to work on; write the seconds and the peak memory to `file`."""
+    """Hand out the device to work on; write seconds, peak memory and the machine to `file`."""
     device = pick_device(params.device)
     with measure(device) as cost:
         yield device
-    write_json(
-        file, {"seconds": cost.seconds, "peak_bytes": cost.peak_bytes, "device": cost.device}
-    )
+    write_json(file, {**asdict(cost), "machine": describe_machine()})

@@ -16,7 +16,10 @@ ROOT = Path(__file__).parent.parent
 COPIED = (
     "emloc",
     "tasks",
+    "flows",
     "dvc.yaml",
+    "prefect.yaml",
+    "pyproject.toml",
     ".dvcignore",
     ".gitignore",
     ".dvc/config",

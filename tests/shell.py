@@ -1,0 +1,94 @@
+"""Projects with a tiny model, and the commands that a user would type in them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.project import make_project, write_params
+
+BRANCH = ("compress", "train", "correct", "evaluate")  # the stages of one ratio
+
+
+def run(folder: Path, *module: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run `python -m MODULE ...` in a project, with more environment variables."""
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "EMLOC_CACHE": str(folder.parent / "emloc-cache"),
+        "OMP_NUM_THREADS": "1",
+        **more,
+    }
+    return subprocess.run(
+        [sys.executable, "-m", *module], cwd=folder, env=environment, capture_output=True, text=True
+    )
+
+
+def dvc(folder: Path, *arguments: str, **more: str) -> str:
+    """Run a dvc command in a project; what it printed."""
+    done = run(folder, "dvc", *arguments, **more)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def ran(printed: str) -> set[str]:
+    """Stages whose command was run, from dvc's lines."""
+    return _named(printed, "Running stage '")
+
+
+def restored(printed: str) -> set[str]:
+    """Stages whose outputs came from the run cache."""
+    return _named(printed, "is cached - skipping run")
+
+
+def _named(printed: str, mark: str) -> set[str]:
+    return {line.split("'")[1] for line in printed.splitlines() if mark in line}
+
+
+def lock(folder: Path) -> dict[str, Any]:
+    """The stages of dvc.lock."""
+    return yaml.safe_load((folder / "dvc.lock").read_text())["stages"]
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Out → hash, of all outs that hold no measured cost, from dvc.lock."""
+    outs = [out for stage in lock(folder).values() for out in stage["outs"]]
+    return {out["path"]: out["md5"] for out in outs if "cost" not in out["path"]}
+
+
+def git(folder: Path, *arguments: str) -> None:
+    """Run a git command in a project."""
+    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+    subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
+
+
+def commit(folder: Path) -> None:
+    """Commit all files of a project that git does not ignore."""
+    git(folder, "add", ".")
+    git(folder, "commit", "--quiet", "--message", "all")
+
+
+def start(folder: Path) -> dict[str, Any]:
+    """A project in a git repository of its own, all of it committed; its params."""
+    params = make_project(folder)
+    git(folder, "init", "--quiet")
+    commit(folder)
+    return params
+
+
+def read_params(folder: Path) -> dict[str, Any]:
+    """A project's params.yaml."""
+    return yaml.safe_load((folder / "params.yaml").read_text())
+
+
+def clone(folder: Path, target: Path, params: dict[str, Any] | None = None) -> Path:
+    """A clean clone of what a project has committed, without its cache; with other params."""
+    git(folder, "clone", "--quiet", str(folder), str(target))
+    if params is not None:
+        write_params(target, params)
+    return target

@@ -1,0 +1,81 @@
+"""A sweep: two workers that share nothing but a remote build two ratios, and all is collected."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from tests.servers import prefect_server
+from tests.shell import dvc, git, ran, restored, start
+from tests.test_sharing import check_cache
+
+pytest_plugins = "tests.reproduced"
+pytestmark = pytest.mark.slow
+
+
+def test_two_workers_build_two_ratios_at_once_and_a_third_clone_computes_nothing(
+    tmp_path: Path,
+) -> None:
+    project, remote = tmp_path / "project", tmp_path / "remote"
+    start(project)
+    with prefect_server(project, tmp_path) as server:
+        server.run(project, "deploy", "--all")
+        caches = [tmp_path / "cache-1", tmp_path / "cache-2"]
+        apart = [{"EMLOC_DVC_CACHE": str(cache), "EMLOC_CACHE": f"{cache}-x"} for cache in caches]
+        with server.worker("first", **apart[0]), server.worker("second", **apart[1]):
+            done = subprocess.run(
+                [sys.executable, "-m", "flows.sweep", "--remote", str(remote)],
+                cwd=project,
+                env=server.env,
+                capture_output=True,
+                text=True,
+            )
+        printed = done.stdout + done.stderr
+        assert done.returncode == 0, printed
+        # Before the branches the four that no ratio changes; after them the report alone.
+        assert len(ran(printed)) == 5, ran(printed)
+        assert "1 ran, 8 restored, 4 unchanged" in printed
+        runs = server.runs("branch/emloc")
+        assert {run["parameters"]["ratio"] for run in runs} == {0.8, 0.5}
+        begun = max(datetime.fromisoformat(run["start_time"]) for run in runs)
+        assert begun < min(datetime.fromisoformat(run["end_time"]) for run in runs)
+        for run in runs:
+            states = server.stages(run["id"])
+            assert states["calibrate"] == "Restored"
+            assert list(states.values()).count("Ran") == 4
+
+    clone = tmp_path / "clone"
+    git(project, "clone", "--quiet", str(project), str(clone))
+    dvc(clone, "remote", "add", "--local", "-d", "team", str(remote))
+    printed = dvc(clone, "repro", "--pull")
+    assert not ran(printed)
+    assert len(restored(printed)) == 13
+    assert (clone / "artifacts/emulators/0.5/model.safetensors").exists()
+    for cache in (*caches, project / ".dvc/cache", clone / ".dvc/cache", remote):
+        assert check_cache(cache)
+
+
+def test_a_sweep_that_cannot_begin_says_what_is_missing(project: Path, tmp_path: Path) -> None:
+    def sweep(env: dict[str, str], *arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "flows.sweep", *arguments],
+            cwd=project,
+            env=env,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 1
+        return done.stderr.strip().splitlines()[-1]
+
+    with prefect_server(project, tmp_path) as server:
+        assert "error: A sweep needs a DVC remote" in sweep(server.env)
+        problem = sweep(server.env, "--remote", str(tmp_path / "remote"))
+        assert "error: There is no deployment branch/emloc: run prefect deploy --all" in problem
+        problem = sweep(server.env, "--remote", "nobody")
+        assert "error: remote is 'nobody', but the remotes of this project are" in problem
+        problem = sweep(server.env, "--set", "train.lora.rr=16", "--remote", str(tmp_path / "r"))
+        assert "Could not override 'train.lora.rr': write KEY=VALUE" in problem

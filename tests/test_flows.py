@@ -73,6 +73,10 @@ def test_a_scheduled_run_works_at_the_deployed_commit_and_completes(
 ) -> None:
     server.run(project, "deploy", "--all")
     (project / "params.yaml").write_text((project / "params.yaml").read_text() + "\n# later\n")
+    deployed = {d["entrypoint"].rpartition(":")[2]: d for d in server.post("/deployments/filter")}
+    assert deployed.keys() == {"pipeline", "sweep", "branch"}
+    assert deployed["pipeline"]["global_concurrency_limit"]["limit"] == 1
+    assert deployed["branch"]["global_concurrency_limit"] is None
     try:
         with server.worker("scheduled"):
             run = wait_for(
@@ -82,9 +86,7 @@ def test_a_scheduled_run_works_at_the_deployed_commit_and_completes(
             )[0]
     finally:
         git(project, "checkout", "--quiet", "params.yaml")
-        for schedule in server.post("/deployments/filter"):
-            if schedule["schedules"]:
-                server.run(project, "deployment", "schedule", "pause", "--all")
+        server.run(project, "deployment", "schedule", "pause", "--all")
     assert run["auto_scheduled"]
     states = server.stages(run["id"])
     assert states["evaluate@0.5"] == states["report"] == "Ran"

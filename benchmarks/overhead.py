@@ -36,11 +36,12 @@ def run(project: Path) -> list[dict[str, Any]]:
             "PREFECT_HOME": str(Path(folder) / "prefect"),
         }
         env.pop("PREFECT_API_URL", None)
+        dvc = [sys.executable, "-m", "dvc"]
+        cache = _call([*dvc, "cache", "dir"], project, env).strip()
         for way, command in COMMANDS.items():
             clone = Path(folder) / way.replace(" ", "-")
             _call(["git", "clone", "--quiet", str(project), str(clone)], Path(folder), env)
-            cache = project / ".dvc" / "cache"
-            _call([sys.executable, "-m", "dvc", "cache", "dir", "--local", str(cache)], clone, env)
+            _call([*dvc, "cache", "dir", "--local", cache], clone, env)
             for state in ("restored", "unchanged"):
                 started = time.perf_counter()
                 printed = _call([sys.executable, *command], clone, env)

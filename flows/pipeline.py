@@ -24,7 +24,8 @@ from tabulate import tabulate
 from flows import workspace
 from flows.command import OverrideOption, ParallelOption, RatioOption, TrackOption, run_flow
 from flows.graph import Step, Summary, patient_task, run_steps, stage_steps, stopping_stages
-from flows.stages import Stage, StageError, read_graph, run_dvc
+from flows.remotes import choose_remote, forget_repeated_runs
+from flows.stages import Stage, StageError, read_graph, read_lock, run_dvc
 
 REPORT = Path("report")
 
@@ -81,7 +82,7 @@ def set_up(
             workspace.share_store()
     workspace.set_params(ratios, overrides or [])
     if remote is not None:
-        workspace.use_remote(remote, log)
+        choose_remote(remote, log=log)
 
 
 def _track(ratio: str | None) -> State[Any]:
@@ -97,6 +98,7 @@ def _track(ratio: str | None) -> State[Any]:
 
 def _push(names: str) -> State[Any]:
     """Push what stages made, what they needed, and the run cache, to the default remote."""
+    forget_repeated_runs(read_lock())
     lines = run_dvc("push", "--run-cache", "--with-deps", *names.split(), log=get_run_logger().info)
     return Completed(name="Pushed", message=lines[-1] if lines else None)
 

@@ -35,6 +35,7 @@ from flows.pipeline import (
     result_steps,
     set_up,
 )
+from flows.remotes import Remote, choose_remote
 from flows.stages import Stage, StageError, ancestors, forget, read_graph
 
 BRANCH = "branch/emloc"
@@ -63,7 +64,8 @@ def branch(
     with stopping_stages():
         try:
             _check_commit(commit)
-            set_up([ratio], overrides, _remote(remote), track=False)
+            set_up([ratio], overrides, remote, track=False)
+            choose_remote(None)
             graph = read_graph()
             forget(set(graph))
         except (StageError, ValueError) as error:
@@ -95,8 +97,8 @@ def sweep(
     """
     with stopping_stages():
         try:
-            remote = _remote(remote)
             set_up(ratios, overrides, remote, track=track)
+            _check_runs_kept(choose_remote(None))
             graph = read_graph()
         except (StageError, ValueError) as error:
             return Failed(message=str(error))
@@ -113,14 +115,12 @@ def sweep(
         return ending(summary)
 
 
-def _remote(remote: str | None) -> str:
-    """The remote to use, the project's default one if None."""
-    if found := remote or workspace.default_remote():
-        return found
-    raise ValueError(
-        "A sweep needs a DVC remote that all machines reach, and none is set: pass one as remote "
-        "(a name or a URL), or make it the default (dvc remote add -d team URL)."
-    )
+def _check_runs_kept(remote: Remote) -> None:
+    if not remote.keeps_runs:
+        raise ValueError(
+            f"{remote} keeps no record of runs, through which the machines of a sweep find each "
+            "other's results: use a folder, S3, ssh or another remote that can be written to."
+        )
 
 
 def _check_commit(expected: str | None) -> None:

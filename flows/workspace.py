@@ -1,4 +1,4 @@
-"""The working tree that a flow runs in: its parameters, remote, commit, and what it shares.
+"""The working tree that a flow runs in: its parameters, its commit, and what it shares.
 
 A deployment's run works in a fresh clone at the deployed commit. What would be lost with the clone,
 the DVC cache, checkpoints and the MLflow store, is that of the checkout which was deployed from, if
@@ -49,38 +49,6 @@ def set_params(ratios: Sequence[float] | None, overrides: Sequence[str]) -> None
             f"overrides is {list(overrides)}, but {reason.rstrip('.')}: write KEY=VALUE with a key "
             "of params.yaml, for instance train.lora.r=16."
         ) from error
-
-
-def use_remote(remote: str, log: Callable[[str], None]) -> None:
-    """Make a remote, by name or by URL, the default one of this clone (.dvc/config.local)."""
-    known = configured_remotes()
-    if remote not in known:
-        if not any(mark in remote for mark in ("/", ":", "\\")):
-            raise ValueError(
-                f"remote is {remote!r}, but the remotes of this project are {sorted(known)}: name "
-                "one of them, give a URL (s3://bucket/folder, /mnt/team), or add it with "
-                f"dvc remote add {remote} URL."
-            )
-        run_dvc("remote", "add", "--local", "--force", "flow", remote, log=log)
-        remote = "flow"
-    run_dvc("remote", "default", "--local", remote, log=log)
-    log(f"The default remote of this clone is now {remote} ({configured_remotes()[remote]}).")
-
-
-def configured_remotes() -> dict[str, str]:
-    """Name → URL of the DVC remotes that this clone knows."""
-    from dvc.repo import Repo
-
-    with Repo() as repo:
-        return {name: remote["url"] for name, remote in repo.config["remote"].items()}
-
-
-def default_remote() -> str | None:
-    """The name of the project's default remote, if it has one."""
-    from dvc.repo import Repo
-
-    with Repo() as repo:
-        return repo.config["core"].get("remote")
 
 
 def share_state(log: Callable[[str], None]) -> None:

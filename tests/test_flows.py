@@ -229,3 +229,18 @@ def test_no_server_is_one_sentence(project: Path, folder: Path) -> None:
     assert code == 1
     assert "error: No Prefect server answers at http://127.0.0.1:9/api" in printed
     assert "Traceback" not in printed
+
+
+def test_a_remote_that_refuses_is_one_sentence_before_anything_runs(
+    project: Path, folder: Path
+) -> None:
+    config = project / ".dvc/config.local"
+    before = config.read_text() if config.exists() else None
+    env = environment(folder, AWS_ACCESS_KEY_ID="x", AWS_SECRET_ACCESS_KEY="y")
+    env["AWS_ENDPOINT_URL"] = "http://127.0.0.1:9"
+    code, printed = flow(project, env, "pipeline", "--remote", "s3://bucket/x")
+    assert code == 1
+    last = printed.strip().splitlines()[-2:]
+    assert any("The remote (s3://bucket/x) cannot be used: " in line for line in last), printed
+    assert "Running stage" not in printed
+    assert (config.read_text() if config.exists() else None) == before

@@ -72,10 +72,12 @@ def test_a_sweep_that_cannot_begin_says_what_is_missing(project: Path, tmp_path:
         return done.stderr.strip().splitlines()[-1]
 
     with prefect_server(project, tmp_path) as server:
-        assert "error: A sweep needs a DVC remote" in sweep(server.env)
+        assert "error: This project has no remote: add one" in sweep(server.env)
         problem = sweep(server.env, "--remote", str(tmp_path / "remote"))
         assert "error: There is no deployment branch/emloc: run prefect deploy --all" in problem
         problem = sweep(server.env, "--remote", "nobody")
         assert "error: remote is 'nobody', but the remotes of this project are" in problem
+        problem = sweep(server.env, "--remote", "http://127.0.0.1:9/x")
+        assert "keeps no record of runs, through which the machines of a sweep" in problem
         problem = sweep(server.env, "--set", "train.lora.rr=16", "--remote", str(tmp_path / "r"))
         assert "Could not override 'train.lora.rr': write KEY=VALUE" in problem

@@ -35,7 +35,7 @@ def test_a_preset_that_the_readme_names_exists(path: str) -> None:
     assert (ROOT / path).exists()
 
 
-@pytest.mark.parametrize("name", ["calibration_memory", "construction"])
+@pytest.mark.parametrize("name", ["calibration_memory", "construction", "overhead"])
 def test_the_tables_of_the_benchmarks_have_results(name: str) -> None:
     result = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
     assert f"python -m benchmarks.{name}" in README

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import socket
 import socketserver
 import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -19,7 +17,8 @@ from typing import Any, TypeVar
 
 import psutil
 
-BINARIES = Path(sys.executable).parent
+from tests.shell import BINARIES, environment
+
 Found = TypeVar("Found")
 
 
@@ -28,21 +27,6 @@ def free_port() -> int:
     with socket.socket() as opened:
         opened.bind(("127.0.0.1", 0))
         return opened.getsockname()[1]
-
-
-def environment(folder: Path, **more: str) -> dict[str, str]:
-    """For processes of a test: state of their own in `folder`, one thread each, and nothing that
-    would switch off what libraries report to their makers, or send it elsewhere."""
-    left = ("PREFECT_", "MLFLOW_", "EMLOC_", "DO_NOT_TRACK", "CI")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(left)}
-    return {
-        **kept,
-        "PATH": f"{BINARIES}{os.pathsep}{os.environ['PATH']}",
-        "PREFECT_HOME": str(folder / "prefect"),
-        "EMLOC_CACHE": str(folder / "emloc-cache"),
-        "OMP_NUM_THREADS": "1",
-        **more,
-    }
 
 
 def wait_for(what: str, look: Callable[[], Found], *, seconds: float) -> Found:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -12,20 +14,33 @@ import yaml
 
 from tests.project import make_project, write_params
 
+BINARIES = Path(sys.executable).parent
 BRANCH = ("compress", "train", "correct", "evaluate")  # the stages of one ratio
+
+
+def environment(folder: Path, **more: str) -> dict[str, str]:
+    """For processes of a test: state of their own in `folder`, one thread each, and nothing that
+    would switch off what libraries report to their makers, or send it elsewhere."""
+    left = ("PREFECT_", "MLFLOW_", "EMLOC_", "DO_NOT_TRACK", "CI")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(left)}
+    return {
+        **kept,
+        "PATH": f"{BINARIES}{os.pathsep}{os.environ['PATH']}",
+        "PREFECT_HOME": str(folder / "prefect"),
+        "EMLOC_CACHE": str(folder / "emloc-cache"),
+        "OMP_NUM_THREADS": "1",
+        **more,
+    }
 
 
 def run(folder: Path, *module: str, **more: str) -> subprocess.CompletedProcess[str]:
     """Run `python -m MODULE ...` in a project, with more environment variables."""
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "EMLOC_CACHE": str(folder.parent / "emloc-cache"),
-        "OMP_NUM_THREADS": "1",
-        **more,
-    }
     return subprocess.run(
-        [sys.executable, "-m", *module], cwd=folder, env=environment, capture_output=True, text=True
+        [sys.executable, "-m", *module],
+        cwd=folder,
+        env=environment(folder.parent, **more),
+        capture_output=True,
+        text=True,
     )
 
 
@@ -59,6 +74,18 @@ def hashes(folder: Path) -> dict[str, str]:
     """Out → hash, of all outs that hold no measured cost, from dvc.lock."""
     outs = [out for stage in lock(folder).values() for out in stage["outs"]]
     return {out["path"]: out["md5"] for out in outs if "cost" not in out["path"]}
+
+
+def check_cache(folder: Path) -> int:
+    """Hash every file of a cache, look for the parts of every folder; the number of objects."""
+    objects = [path for path in (folder / "files/md5").rglob("*") if path.is_file()]
+    present = {path.parent.name + path.name for path in objects}
+    for path in objects:
+        content = path.read_bytes()
+        assert hashlib.md5(content).hexdigest() == path.parent.name + path.stem
+        if path.suffix == ".dir":
+            assert {entry["md5"] for entry in json.loads(content)} <= present
+    return len(objects)
 
 
 def git(folder: Path, *arguments: str) -> None:

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from tests.project import make_project
-from tests.servers import Outside, Prefect, environment, prefect_server, stage_processes, wait_for
-from tests.shell import git
+from tests.servers import Outside, Prefect, prefect_server, stage_processes, wait_for
+from tests.shell import environment, git
 
 pytestmark = pytest.mark.slow
 
@@ -61,17 +61,17 @@ def outside() -> Iterator[Outside]:
 
 @pytest.fixture(scope="module")
 def server(project: Path, folder: Path, outside: Outside) -> Iterator[Prefect]:
-    """A Prefect server; nothing is deployed yet."""
+    """A Prefect server that has the project's deployments."""
     with prefect_server(project, folder, **outside.env) as server:
         # Creating a pool makes the server look for a newer list of pool types, here in vain.
         outside.asked.clear()
+        server.run(project, "deploy", "--all")
         yield server
 
 
 def test_a_scheduled_run_works_at_the_deployed_commit_and_completes(
     project: Path, server: Prefect
 ) -> None:
-    server.run(project, "deploy", "--all")
     (project / "params.yaml").write_text((project / "params.yaml").read_text() + "\n# later\n")
     deployed = {d["entrypoint"].rpartition(":")[2]: d for d in server.post("/deployments/filter")}
     assert deployed.keys() == {"pipeline", "sweep", "branch"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import logging
 import shutil
@@ -17,7 +16,7 @@ from moto.core import set_initial_no_auth_action_count
 from moto.server import ThreadedMotoServer
 
 from tests.project import write_params
-from tests.shell import clone, commit, dvc, lock, ran, read_params, run
+from tests.shell import check_cache, clone, commit, dvc, lock, ran, read_params, run
 
 pytestmark = pytest.mark.slow
 pytest_plugins = "tests.reproduced"
@@ -41,18 +40,6 @@ def refusal(folder: Path, *arguments: str, **more: str) -> str:
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     return done.stderr
-
-
-def check_cache(folder: Path) -> int:
-    """Hash every file of a cache, look for the parts of every folder; the number of objects."""
-    objects = [path for path in (folder / "files/md5").rglob("*") if path.is_file()]
-    present = {path.parent.name + path.name for path in objects}
-    for path in objects:
-        content = path.read_bytes()
-        assert hashlib.md5(content).hexdigest() == path.parent.name + path.stem
-        if path.suffix == ".dir":
-            assert {entry["md5"] for entry in json.loads(content)} <= present
-    return len(objects)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from datetime import datetime
@@ -9,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers import prefect_server
-from tests.shell import dvc, git, ran, restored, start
-from tests.test_sharing import check_cache
+from tests.servers import prefect_server, stage_processes, started, wait_for
+from tests.shell import check_cache, commit, dvc, git, ran, restored, start
 
 pytest_plugins = "tests.reproduced"
 pytestmark = pytest.mark.slow
@@ -81,3 +81,20 @@ def test_a_sweep_that_cannot_begin_says_what_is_missing(project: Path, tmp_path:
         assert "keeps no record of runs, through which the machines of a sweep" in problem
         problem = sweep(server.env, "--set", "train.lora.rr=16", "--remote", str(tmp_path / "r"))
         assert "Could not override 'train.lora.rr': write KEY=VALUE" in problem
+
+
+def test_a_stopped_sweep_stops_its_branches(project: Path, tmp_path: Path) -> None:
+    commit(project)
+    options = ["--remote", str(tmp_path / "remote"), "--set", "train.steps=1000000"]
+    command = [sys.executable, "-m", "flows.sweep", *options, "--set", "evaluate.direct=false"]
+    with prefect_server(project, tmp_path) as server:
+        server.run(project, "deploy", "--all")
+        log = tmp_path / "sweep.log"
+        with server.worker("one"), started(command, project, server.env, log) as sweep:
+            wait_for("training", lambda: stage_processes(tmp_path, "train"), seconds=180)
+            sweep.send_signal(signal.SIGINT)
+            assert sweep.wait(timeout=30) == 130
+            for run in server.runs("branch/emloc"):
+                assert server.ended(run["id"], seconds=60)["state_type"] == "CANCELLED"
+            assert len(server.runs("branch/emloc")) == 2
+            assert not stage_processes(tmp_path, "train")

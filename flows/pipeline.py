@@ -113,9 +113,9 @@ def result_steps(
 ) -> dict[str, Step]:
     """Steps after the stages: log each branch and the report, and push both."""
     steps = {}
-    for name in names:
-        ratio = graph[name].ratio
-        if graph[name].kind not in ("evaluate", "report"):
+    for name, stage in graph.items():
+        ratio = stage.ratio
+        if name not in names or stage.kind not in ("evaluate", "report"):
             continue
         suffix = f"@{ratio}" if ratio else ""
         if track:

@@ -50,7 +50,7 @@ _NO_DEPLOYMENT = (
 def branch(
     ratio: Ratio,
     remote: str | None = None,
-    overrides: list[Override] | None = None,
+    params: dict[str, Any] | None = None,
     commit: str | None = None,
 ) -> State[Any]:
     """Build one ratio, up to its scores, from what the remote has, and push it.
@@ -58,13 +58,14 @@ def branch(
     Args:
         ratio: of the emulator.
         remote: DVC remote, a name or a URL; None: the project's default one.
-        overrides: other values for params.yaml, KEY=VALUE.
+        params: what params.yaml is to hold; None: what the commit has.
         commit: that the sweep works on; another one here is refused.
     """
     with stopping_stages():
         try:
             _check_commit(commit)
-            set_up([ratio], overrides, remote, track=False)
+            set_up(None, None, remote, track=False)
+            workspace.write_params({**(params or workspace.read_params()), "ratios": [ratio]})
             choose_remote(None)
             graph = read_graph()
             forget(set(graph))
@@ -97,6 +98,7 @@ def sweep(
     """
     with stopping_stages():
         try:
+            workspace.check_clean(besides=["params.yaml", "dvc.lock"])
             set_up(ratios, overrides, remote, track=track)
             _check_runs_kept(choose_remote(None))
             graph = read_graph()
@@ -104,9 +106,9 @@ def sweep(
             return Failed(message=str(error))
         summary = run_steps(_first_steps(graph), parallel=parallel)
         if not summary.failed:
-            parameters = {"remote": remote, "overrides": overrides, "commit": workspace.commit()}
+            here = {"params": workspace.read_params(), "commit": workspace.commit()}
             try:
-                failed = _build_branches(graph, parameters)
+                failed = _build_branches(graph, {"remote": remote, **here})
             except ObjectNotFound:
                 return Failed(message=_NO_DEPLOYMENT)
             summary = _collect(graph, failed, parallel=parallel, track=track)

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from flows.stages import StageError, run_dvc
 
@@ -49,6 +51,11 @@ def set_params(ratios: Sequence[float] | None, overrides: Sequence[str]) -> None
             f"overrides is {list(overrides)}, but {reason.rstrip('.')}: write KEY=VALUE with a key "
             "of params.yaml, for instance train.lora.r=16."
         ) from error
+
+
+def write_params(params: Mapping[str, Any]) -> None:
+    """Replace params.yaml."""
+    PARAMS.write_text(yaml.safe_dump(dict(params), sort_keys=False), encoding="utf-8")
 
 
 def share_state(log: Callable[[str], None]) -> None:
@@ -106,15 +113,15 @@ def changed_files() -> list[str]:
     return [line[3:] for line in status.splitlines()]
 
 
-def check_clean() -> None:
-    """Refuse a working tree that differs from its commit.
+def check_clean(*, besides: Sequence[str] = ()) -> None:
+    """Refuse a working tree that differs from its commit, in other files than these.
 
     Raises:
         StageError: names the changed files.
     """
-    if changed := changed_files():
+    if changed := [file for file in changed_files() if file not in besides]:
         raise StageError(
-            f"A deployed run works on a commit alone, but {', '.join(changed)} differ from it: "
+            f"A deployment works on a commit alone, but {', '.join(changed)} differ from it: "
             "commit the changes and deploy again, or pass parameters as overrides."
         )
 

@@ -203,7 +203,6 @@ def test_a_branch_that_fails_leaves_the_others_and_a_rerun_goes_on(
     assert (
         "train@0.5 failed" in printed and "Not begun: correct@0.5, evaluate@0.5, report" in printed
     )
-    assert last, printed
     assert (clone / "results/0.8/evaluate.json").exists()
     obstacle.unlink()
     code, printed = flow(clone, env, "pipeline", *options)
@@ -240,7 +239,6 @@ def test_a_remote_that_refuses_is_one_sentence_before_anything_runs(
     env["AWS_ENDPOINT_URL"] = "http://127.0.0.1:9"
     code, printed = flow(project, env, "pipeline", "--remote", "s3://bucket/x")
     assert code == 1
-    last = printed.strip().splitlines()[-2:]
-    assert any("The remote (s3://bucket/x) cannot be used: " in line for line in last), printed
+    assert "error: The remote (s3://bucket/x) cannot be used: " in printed
     assert "Running stage" not in printed
     assert (config.read_text() if config.exists() else None) == before

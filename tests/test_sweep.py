@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,9 @@ def test_two_workers_build_two_ratios_at_once_and_a_third_clone_computes_nothing
     start(project)
     with prefect_server(project, tmp_path) as server:
         server.run(project, "deploy", "--all")
+        # Not committed: the workers get it from the sweep.
+        params = (project / "params.yaml").read_text()
+        (project / "params.yaml").write_text(params.replace("limit: 3", "limit: 2"))
         caches = [tmp_path / "cache-1", tmp_path / "cache-2"]
         apart = [{"EMLOC_DVC_CACHE": str(cache), "EMLOC_CACHE": f"{cache}-x"} for cache in caches]
         with server.worker("first", **apart[0]), server.worker("second", **apart[1]):
@@ -50,6 +54,7 @@ def test_two_workers_build_two_ratios_at_once_and_a_third_clone_computes_nothing
 
     clone = tmp_path / "clone"
     git(project, "clone", "--quiet", str(project), str(clone))
+    shutil.copyfile(project / "params.yaml", clone / "params.yaml")
     dvc(clone, "remote", "add", "--local", "-d", "team", str(remote))
     printed = dvc(clone, "repro", "--pull")
     assert not ran(printed)
@@ -69,7 +74,7 @@ def test_a_sweep_that_cannot_begin_says_what_is_missing(project: Path, tmp_path:
             text=True,
         )
         assert done.returncode == 1
-        return done.stderr.strip().splitlines()[-1]
+        return next(line for line in done.stderr.splitlines() if line.startswith("error: "))
 
     with prefect_server(project, tmp_path) as server:
         assert "error: This project has no remote: add one" in sweep(server.env)
@@ -79,6 +84,10 @@ def test_a_sweep_that_cannot_begin_says_what_is_missing(project: Path, tmp_path:
         assert "error: remote is 'nobody', but the remotes of this project are" in problem
         problem = sweep(server.env, "--remote", "http://127.0.0.1:9/x")
         assert "keeps no record of runs, through which the machines of a sweep" in problem
+        (project / "dvc.yaml").write_text((project / "dvc.yaml").read_text() + "# more\n")
+        problem = sweep(server.env, "--remote", str(tmp_path / "remote"))
+        assert "dvc.yaml differ from it: commit the changes" in problem
+        git(project, "checkout", "--quiet", "dvc.yaml")
         problem = sweep(server.env, "--set", "train.lora.rr=16", "--remote", str(tmp_path / "r"))
         assert "Could not override 'train.lora.rr': write KEY=VALUE" in problem
 

@@ -199,7 +199,6 @@ def test_a_branch_that_fails_leaves_the_others_and_a_rerun_goes_on(
     options = ["--set", "train.seed=1", "--parallel", "2", "--no-track"]
     code, printed = flow(clone, env, "pipeline", *options)
     assert code == 1
-    last = printed.strip().splitlines()[-1]
     assert (
         "train@0.5 failed" in printed and "Not begun: correct@0.5, evaluate@0.5, report" in printed
     )

@@ -46,12 +46,6 @@ class Summary:
     failed: dict[str, str] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
 
-    def add(self, other: Summary) -> None:
-        """Take in what came later."""
-        self.outcomes |= other.outcomes
-        self.failed |= other.failed
-        self.skipped += other.skipped
-
     def sentence(self) -> str:
         """All of it in one line."""
         states = [outcome.state for outcome in self.outcomes.values() if outcome]
@@ -122,7 +116,8 @@ def stage_steps(graph: Mapping[str, Stage], names: set[str], *, pull: bool) -> d
 def run_steps(steps: Mapping[str, Step], *, parallel: int) -> Summary:
     """Run steps in a flow; what fails is in the summary, not raised."""
     if parallel > 1:
-        # Threads that wait must not spin: two stages on two cores were 9 times slower that way.
+        # Threads that wait must not spin: on two cores, two computations at a time took 4.4 times
+        # as long as one after the other, and 1.6 times without spinning.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     depths = _depths({name: step.needs for name, step in steps.items()})
     heights = _depths(

@@ -44,6 +44,8 @@ def started(
     command: list[str], cwd: Path, env: dict[str, str], log: Path
 ) -> Iterator[psutil.Popen]:
     """A process in the background, its output in a file; it and its children end with the test."""
+    # A shell that runs the tests in the background has them ignore Ctrl-C, which is inherited.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with open(log, "w") as output:
         process = psutil.Popen(
             command, cwd=cwd, env=env, stdout=output, stderr=subprocess.STDOUT,

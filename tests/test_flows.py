@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.project import make_project
-from tests.servers import Outside, Prefect, prefect_server, stage_processes, wait_for
+from tests.servers import Outside, Prefect, prefect_server, stage_processes, started, wait_for
 from tests.shell import environment, git
 
 pytestmark = pytest.mark.slow
@@ -163,21 +163,12 @@ def test_ctrl_c_ends_the_stage_at_once(project: Path, folder: Path, server: Pref
     options = ["--ratio", "0.8", "--set", "train.steps=1000000"]
     clone = folder / "interrupted"
     git(project, "clone", "--quiet", str(project), str(clone))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "flows.pipeline", *options],
-        cwd=clone,
-        env=environment(folder),
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
+    command = [sys.executable, "-m", "flows.pipeline", *options]
+    with started(command, clone, environment(folder), folder / "interrupted.log") as process:
         wait_for("training", lambda: stage_processes(clone, "train"), seconds=120)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=15) == 130
         assert not stage_processes(clone, "train")
-    finally:
-        process.kill()
 
 
 def test_a_branch_that_fails_leaves_the_others_and_a_rerun_goes_on(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -34,8 +35,9 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def track(folder: Path) -> tuple[int, str]:
-    """Run `python -m flows.track` in a project: its exit code and what it printed."""
-    done = run(folder, "flows.track")
+    """Run `python -m flows.track` in a project on the store of the test: its exit code and what it
+    printed."""
+    done = run(folder, "flows.track", MLFLOW_TRACKING_URI=os.environ["MLFLOW_TRACKING_URI"])
     assert "Traceback" not in done.stderr
     return done.returncode, done.stdout + done.stderr
 

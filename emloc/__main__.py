@@ -18,6 +18,7 @@ from emloc.families.text import calibration_batches, encode_rows, load_tokenizer
 from emloc.files import digest, read_json
 from emloc.finetune import finetune
 from emloc.generate import generate_answers
+from emloc.internvl import convert
 from emloc.merge import merge_adapter
 from emloc.models import load_model, open_model
 from emloc.settings import LoraSettings, TrainSettings
@@ -176,6 +177,16 @@ def merge_command(
     """Fold an adapter into the original: a plain checkpoint."""
     merge_adapter(resolve_model(model), adapter, out=out, dtype=pick_dtype(dtype))
     print(out)
+
+
+@app.command("convert")
+def convert_command(
+    source: Annotated[str, typer.Argument(help="InternVL as published: a folder or a hub id")],
+    out: Out,
+) -> None:
+    """Turn an original InternVL2.5 checkpoint into transformers' format, shard by shard."""
+    parameters = convert(resolve_model(source), out=out, progress=True)
+    print(f"{out}: {parameters:,} parameters")
 
 
 @app.command("generate")

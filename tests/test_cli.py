@@ -16,7 +16,7 @@ from emloc.models import load_model
 from tests.project import ROOT, write_rows
 from tests.tiny import save_tiny
 
-COMMANDS = ("calibrate", "compress", "train", "correct", "merge", "generate")
+COMMANDS = ("calibrate", "compress", "train", "correct", "merge", "convert", "generate")
 
 
 def emloc(line: str) -> str:

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from emloc.files import read_json, write_json
 
 _WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # Files besides the weights that decide what a model computes and what it says.
 _SIDE_FILES = (
@@ -52,7 +52,7 @@ def _check_shard(path: Path, tensors: set[str]) -> None:
     """Read a weight file's header; compare it with what the index says that it holds."""
     if not path.is_file():
         raise ValueError(
-            f"The weight file {path} is missing, though {_INDEX} lists it: copy or download it "
+            f"The weight file {path} is missing, though {INDEX} lists it: copy or download it "
             "again."
         )
     try:
@@ -64,7 +64,7 @@ def _check_shard(path: Path, tensors: set[str]) -> None:
         ) from error
     if absent:
         raise ValueError(
-            f"The weight file {path} lacks {min(absent)!r}, which {_INDEX} says it holds: copy or "
+            f"The weight file {path} lacks {min(absent)!r}, which {INDEX} says it holds: copy or "
             "download both again."
         )
 
@@ -77,8 +77,8 @@ def weight_files(folder: Path, source: str) -> dict[str, set[str]]:
     """
     if (folder / _WEIGHTS).is_file():
         return {_WEIGHTS: set()}
-    if (folder / _INDEX).is_file():
-        return _shards(folder / _INDEX)
+    if (folder / INDEX).is_file():
+        return _shards(folder / INDEX)
     if pickles := sorted(path.name for glob in _PICKLES for path in folder.glob(glob)):
         raise ValueError(
             f"The model {source!r} has its weights only in a pickle file ({pickles[0]}), and only "
@@ -87,7 +87,7 @@ def weight_files(folder: Path, source: str) -> dict[str, set[str]]:
         )
     raise ValueError(
         f"The model {source!r} has no safetensors weights in {folder}: give a model with "
-        f"{_WEIGHTS}, or with {_INDEX} and its shards."
+        f"{_WEIGHTS}, or with {INDEX} and its shards."
     )
 
 
@@ -113,7 +113,7 @@ def deciding_files(folder: Path, source: str) -> list[str]:
     shards = weight_files(folder, source)
     names = {*shards, *(side.name for glob in _SIDE_FILES for side in folder.glob(glob))}
     if _WEIGHTS not in shards:
-        names.add(_INDEX)
+        names.add(INDEX)
     return sorted(names)
 
 

@@ -11,27 +11,24 @@ An emulator folder is a transformers checkpoint: config.json with a `quantizatio
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from emloc.calibrate import FactorFiles
 from emloc.factors import loss_kept, rank_for
 from emloc.files import read_json, write_json, writing
 from emloc.lowrank import EmlocConfig
 from emloc.models import OpenedModel
+from emloc.shards import Piece, write_shards
 
 COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja")  # tokenizer, generation, templates
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -77,14 +74,6 @@ def plan_ranks(factors: FactorFiles, ratios: Mapping[str, float]) -> list[LayerP
         loss = loss_kept(factors.eigenvalues(name), rank)
         plan.append(LayerPlan(name, o, i, ratio, rank, o * i, rank * (o + i), loss))
     return plan
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """One tensor of the emulator: its shape and dtype (a meta tensor), and how to read it."""
-
-    like: Tensor
-    read: Callable[[], Tensor]
 
 
 def cut(
@@ -138,7 +127,12 @@ def cut(
     quantization = EmlocConfig(ranks=ranks, base_model=base_name).to_dict()
     with writing(out) as folder:
         folder.mkdir()
-        _write_shards(folder, pieces, max_shard_size, progress)
+        write_shards(
+            folder,
+            pieces,
+            max_shard_size=max_shard_size,
+            progress="compress" if progress else None,
+        )
         for file in (file for pattern in COMPANIONS for file in original.glob(pattern)):
             if not file.name.endswith(".safetensors.index.json"):
                 shutil.copyfile(file, folder / file.name)
@@ -152,14 +146,14 @@ def cut(
     }
 
 
-def _stored(opened: OpenedModel) -> dict[str, _Piece]:
+def _stored(opened: OpenedModel) -> dict[str, Piece]:
     """All tensors of the original's files by key; files are mapped, not read."""
-    pieces: dict[str, _Piece] = {}
+    pieces: dict[str, Piece] = {}
     for file in sorted({location.file for location in opened.store.locations.values()}):
         with safe_open(file, framework="pt") as handle:
             for key in handle.keys():
                 like = handle.get_tensor(key).to("meta")
-                pieces[key] = _Piece(like, partial(_read, file, key))
+                pieces[key] = Piece(like, partial(_read, file, key))
     return pieces
 
 
@@ -168,34 +162,19 @@ def _read(file: Path, key: str) -> Tensor:
         return handle.get_tensor(key)
 
 
-def _factor_pieces(key: str, factors: FactorFiles, layer: LayerPlan) -> dict[str, _Piece]:
+def _factor_pieces(key: str, factors: FactorFiles, layer: LayerPlan) -> dict[str, Piece]:
     """The two tensors that stand in for the weight stored at `key`."""
     meta = partial(torch.empty, dtype=factors.dtype, device="meta")
     return {
-        key: _Piece(
+        key: Piece(
             meta(layer.out_features, layer.rank),
             lambda: factors.cut(layer.name, layer.rank)[0],
         ),
-        f"{key}_in": _Piece(
+        f"{key}_in": Piece(
             meta(layer.rank, layer.in_features),
             lambda: factors.cut(layer.name, layer.rank)[1],
         ),
     }
-
-
-def _write_shards(
-    folder: Path, pieces: Mapping[str, _Piece], max_shard_size: int | str, progress: bool
-) -> None:
-    likes = {key: piece.like for key, piece in pieces.items()}
-    shards = split_torch_state_dict_into_shards(likes, max_shard_size=max_shard_size)
-    with tqdm(total=len(pieces), desc="compress", disable=not progress) as bar:
-        for file, keys in shards.filename_to_tensors.items():
-            tensors = {key: pieces[key].read() for key in keys}
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-            bar.update(len(keys))
-    if shards.is_sharded:
-        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        write_json(folder / INDEX, index)
 
 
 def table(plan: Sequence[LayerPlan]) -> str:

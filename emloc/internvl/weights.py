@@ -22,25 +22,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from emloc.checkpoint import check_whole, weight_files
-from emloc.files import read_json, write_json, writing
+from emloc.files import read_json, writing
 from emloc.internvl.config import convert_config
 from emloc.internvl.processor import write_processor
+from emloc.shards import Piece, write_shards
 
-INDEX = "model.safetensors.index.json"
 _RENAMED = (
     (r"^vision_model\.", "model.vision_tower."),
     (r"(?<=tower\.embeddings\.)class_embedding$", "cls_token"),
@@ -66,14 +62,6 @@ _RENAMED = (
     (r"\.attention_norm\.", ".input_layernorm."),
     (r"\.ffn_norm\.", ".post_attention_layernorm."),
 )
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """One tensor to write: a stand-in with its shape and dtype, and how to get it."""
-
-    like: Tensor
-    read: Callable[[], Tensor]
 
 
 def convert(
@@ -110,11 +98,16 @@ def convert(
         folder.mkdir()
         config.image_token_id = write_processor(source, folder, original)
         config.save_pretrained(folder)
-        _write_shards(folder, pieces, max_shard_size, progress)
+        write_shards(
+            folder,
+            pieces,
+            max_shard_size=max_shard_size,
+            progress="convert" if progress else None,
+        )
     return sum(piece.like.numel() for piece in pieces.values())
 
 
-def _pieces(source: Path, config: InternVLConfig) -> Iterator[tuple[str, _Piece]]:
+def _pieces(source: Path, config: InternVLConfig) -> Iterator[tuple[str, Piece]]:
     """Every tensor under its new name; the files are mapped, and nothing is read yet."""
     for shard in weight_files(source, str(source)):
         with safe_open(source / shard, framework="pt") as handle:
@@ -129,7 +122,7 @@ def _pieces(source: Path, config: InternVLConfig) -> Iterator[tuple[str, _Piece]
                 like = handle.get_tensor(key).to("meta")
                 for part, cut in _cuts(name, config):
                     read = partial(_read, source / shard, key, cut)
-                    yield part, _Piece(cut(like), read)
+                    yield part, Piece(cut(like), read)
 
 
 def _read(file: Path, key: str, cut: Callable[[Tensor], Tensor]) -> Tensor:
@@ -171,7 +164,7 @@ def _heads(fused: Tensor, *, name: str, groups: int, members: int, chosen: slice
     return fused.unflatten(0, (groups, members, -1))[:, chosen].flatten(0, 2)
 
 
-def _check_complete(pieces: dict[str, _Piece], config: InternVLConfig, source: Path) -> None:
+def _check_complete(pieces: dict[str, Piece], config: InternVLConfig, source: Path) -> None:
     """Compare with what the model of this config has.
 
     Raises:
@@ -199,21 +192,3 @@ def _check_complete(pieces: dict[str, _Piece], config: InternVLConfig, source: P
             f"The weights in {source} do not fit its config.json: {name} should be {wanted} and is "
             f"{found} ({len(wrong)} tensors differ); copy or download both again."
         )
-
-
-def _write_shards(
-    folder: Path, pieces: dict[str, _Piece], max_shard_size: int | str, progress: bool
-) -> None:
-    likes = {name: piece.like for name, piece in pieces.items()}
-    shards = split_torch_state_dict_into_shards(likes, max_shard_size=max_shard_size)
-    with tqdm(total=len(pieces), desc="convert", disable=not progress) as bar:
-        for file, names in shards.filename_to_tensors.items():
-            save_file(
-                {name: pieces[name].read() for name in names},
-                folder / file,
-                metadata={"format": "pt"},
-            )
-            bar.update(len(names))
-    if shards.is_sharded:
-        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        write_json(folder / INDEX, index)

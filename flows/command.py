@@ -12,6 +12,8 @@ from prefect.client.orchestration import get_client
 from prefect.exceptions import ParameterTypeError
 from prefect.settings import get_current_settings
 
+from flows.stages import one_line
+
 RatioOption = Annotated[list[float] | None, typer.Option(help="instead of those in params.yaml")]
 OverrideOption = Annotated[
     list[str] | None, typer.Option("--set", "-S", help="KEY=VALUE, written to params.yaml")
@@ -35,7 +37,7 @@ def run_flow(flow: Flow[..., Any], *, needs_server: bool = False, **parameters: 
     except KeyboardInterrupt:
         sys.exit(130)
     except ParameterTypeError as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        sys.exit(f"error: {one_line(error)}")
     if not state.is_completed():
         sys.exit(f"error: {state.message}")
 

@@ -54,7 +54,9 @@ def pipeline(
     log = get_run_logger()
     with stopping_stages():
         try:
-            set_up(ratios, overrides, remote, track=track)
+            set_up(ratios, overrides, track=track)
+            if remote is not None:
+                choose_remote(remote, log=log.info)
             graph = read_graph()
         except (StageError, ValueError) as error:
             return Failed(message=str(error))
@@ -66,23 +68,18 @@ def pipeline(
         return ending(summary)
 
 
-def set_up(
-    ratios: Ratios | None, overrides: list[Override] | None, remote: str | None, *, track: bool
-) -> None:
+def set_up(ratios: Ratios | None, overrides: list[Override] | None, *, track: bool) -> None:
     """Make the working tree what a flow's parameters ask for.
 
     Raises:
         StageError, ValueError: one sentence.
     """
-    log = get_run_logger().info
     if deployment.id:
         workspace.check_clean()
-        workspace.share_state(log)
+        workspace.share_state(get_run_logger().info)
         if track:
             workspace.share_store()
     workspace.set_params(ratios, overrides or [])
-    if remote is not None:
-        choose_remote(remote, log=log)
 
 
 def _track(ratio: str | None) -> State[Any]:

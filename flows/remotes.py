@@ -16,7 +16,7 @@ import yaml
 from dvc.repo import Repo
 
 from flows.emulators import Place
-from flows.stages import StageError, run_dvc
+from flows.stages import StageError, one_line, run_dvc
 
 _UNNAMED = "there"  # what a remote that is given by its URL is called
 _HTTP = ("http://", "https://")
@@ -174,7 +174,7 @@ def _blaming(remote: Remote) -> Iterator[None]:
     except (StageError, ValueError):
         raise
     except Exception as error:  # each kind of remote has its own library, with errors of its own
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         raise StageError(
             f"{remote} cannot be used: {reason.rstrip('.')}. Nothing is lost: what was computed "
             "here is in the cache."

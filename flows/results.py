@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flows.stages import Stage, StageError, ancestors, read_graph, read_lock
+from flows.stages import Stage, StageError, ancestors, one_line, read_graph, read_lock
 
 Entry = Mapping[str, Any]
 """A stage in dvc.lock: cmd, deps, params, outs."""
@@ -210,7 +210,7 @@ def _open_project() -> Iterator[_Project]:
             stages = {stage.addressing: stage for stage in repo.index.stages}
             yield _Project(stages, read_graph(), read_lock())
     except DvcException as error:
-        raise StageError(" ".join(str(error).split())) from error
+        raise StageError(one_line(error)) from error
 
 
 def _flat_status(status: Mapping[str, Any]) -> dict[str, str]:

@@ -23,7 +23,7 @@ from tabulate import tabulate
 
 from flows.emulators import Emulator, Place, find_emulators
 from flows.remotes import Remote, choose_remote, forget_repeated_runs, opened
-from flows.stages import StageError, read_lock, run_dvc
+from flows.stages import StageError, one_line, read_lock, run_dvc
 from flows.workspace import read_params
 
 app = typer.Typer(
@@ -213,7 +213,7 @@ def main() -> None:
     try:
         app()
     except (ValueError, FileNotFoundError, StageError, DvcException) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        sys.exit(f"error: {one_line(error)}")
 
 
 if __name__ == "__main__":

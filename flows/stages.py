@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -106,7 +107,7 @@ def read_graph() -> dict[str, Stage]:
                 for stage in order
             }
     except DvcException as error:
-        raise StageError(_sentence(str(error))) from error
+        raise StageError(one_line(error)) from error
 
 
 def ancestors(graph: dict[str, Stage], names: Iterable[str]) -> set[str]:
@@ -176,7 +177,7 @@ def run_dvc(*arguments: str, log: Callable[[str], None] = print) -> list[str]:
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env=_environment(),
     )  # fmt: skip
-    with _running(process):
+    with _stoppable(process):
         lines = _follow(process.stdout, log)
         code = process.wait()
     if code == 0:
@@ -192,29 +193,28 @@ def stop_all() -> None:
         started = list(_started)
     processes = [member for process in started for member in _tree(process)]
     for process in processes:
-        _quietly(process.terminate)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
     _, alive = psutil.wait_procs(processes, timeout=_STOP_SECONDS)
     for process in alive:
-        _quietly(process.kill)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 _started: set[psutil.Popen] = set()
 _guard = threading.Lock()
 
 
-class _running:
-    """Keeps a process among those that `stop_all` ends."""
-
-    def __init__(self, process: psutil.Popen) -> None:
-        self.process = process
-
-    def __enter__(self) -> None:
+@contextlib.contextmanager
+def _stoppable(process: psutil.Popen) -> Iterator[None]:
+    """Keep a process among those that `stop_all` ends."""
+    with _guard:
+        _started.add(process)
+    try:
+        yield
+    finally:
         with _guard:
-            _started.add(self.process)
-
-    def __exit__(self, *_: object) -> None:
-        with _guard:
-            _started.discard(self.process)
+            _started.discard(process)
 
 
 def _tree(process: psutil.Process) -> list[psutil.Process]:
@@ -222,13 +222,6 @@ def _tree(process: psutil.Process) -> list[psutil.Process]:
         return [*process.children(recursive=True), process]
     except psutil.NoSuchProcess:
         return []
-
-
-def _quietly(action: Callable[[], None]) -> None:
-    try:
-        action()
-    except psutil.NoSuchProcess:
-        pass
 
 
 def _environment() -> dict[str, str]:
@@ -259,9 +252,10 @@ def _problem(lines: list[str]) -> str | None:
     for mark in ("error: ", "ERROR: "):
         for line in reversed(lines):
             if line.startswith(mark):
-                return _sentence(line.removeprefix(mark))
+                return one_line(line.removeprefix(mark))
     return None
 
 
-def _sentence(text: str) -> str:
-    return " ".join(text.split())
+def one_line(text: object) -> str:
+    """A message without line breaks."""
+    return " ".join(str(text).split())

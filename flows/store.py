@@ -14,7 +14,8 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
-from flows.workspace import read_params
+from flows.stages import one_line
+from flows.workspace import SQLITE, read_params
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -24,7 +25,6 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 LATER = "The results are not lost: python -m flows.track logs them later."
-_SQLITE = "sqlite:///"
 _TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
 
@@ -57,13 +57,13 @@ def find_store() -> Place:
     """
     settings = read_params().get("mlflow") or {}
     experiment = settings.get("experiment", "emloc")
-    where, uri = "mlflow.tracking_uri", settings.get("tracking_uri", f"{_SQLITE}mlflow.db")
+    where, uri = "mlflow.tracking_uri", settings.get("tracking_uri", f"{SQLITE}mlflow.db")
     if os.environ.get("MLFLOW_TRACKING_URI"):
         where = "MLFLOW_TRACKING_URI"
         uri = os.environ[where]
-    if uri.startswith(_SQLITE) and uri != _SQLITE:
-        file = Path(uri.removeprefix(_SQLITE)).absolute()
-        uri = f"{_SQLITE}{file.as_posix()}"
+    if uri.startswith(SQLITE) and uri != SQLITE:
+        file = Path(uri.removeprefix(SQLITE)).absolute()
+        uri = f"{SQLITE}{file.as_posix()}"
         return Place(uri, uri, experiment, file.parent)
     parts = urlsplit(uri)
     if parts.scheme in ("http", "https") and parts.hostname:
@@ -135,7 +135,7 @@ def _is_of_the_store(error: Exception) -> bool:
 def _explain(error: Exception, place: Place) -> str:
     import mlflow
 
-    reason = " ".join(str(error).split())
+    reason = one_line(error)
     if "Can't locate revision" in reason or "out-of-date database schema" in reason:
         return (
             f"The MLflow store {place.shown} was written by another version of MLflow than "

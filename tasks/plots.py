@@ -33,11 +33,16 @@ COLORS = {
 }
 
 
-def quality(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str], file: Path) -> None:
-    """Exact match, token F1 and loss against ratio; the original and direct LoRA as lines."""
-    titles = {"exact_match": "exact match", "token_f1": "token F1", "loss": "loss (nats a token)"}
+def quality(
+    rows: Sequence[Mapping[str, Any]],
+    metrics: Sequence[str],
+    labels: Mapping[str, str],
+    file: Path,
+) -> None:
+    """The first three metrics and the loss against ratio; the original and direct LoRA as lines."""
+    titles = {name: labels[name] for name in metrics[:3]} | {"loss": "loss (nats a token)"}
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(titles), figsize=(4.2 * len(titles), 3.6))
+        figure, axes = plt.subplots(1, len(titles), figsize=(3.7 * len(titles), 3.5))
         for axis, (metric, title) in zip(axes, titles.items(), strict=True):
             _quality_axis(axis, rows, labels, metric)
             axis.set(title=title, xlabel="ratio")

@@ -1,22 +1,35 @@
-"""One page over all ratios: the table, the pictures, and where the adapters are."""
+"""One page over all ratios: the table, the pictures, and where the adapters are.
+
+Beside it a sheet of test rows with what each model answered.
+"""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
 from emloc.files import read_json, writing
-from tasks import layout, plots
+from tasks import layout, plots, sheet
 from tasks.params import Params
 from tasks.stage import main
 from tasks.tables import read_csv, write_csv
 
 GIB = 2**30
-METRICS = ("exact_match", "normalized_match", "token_f1", "loss")
-LABELS = {
+METRIC_LABELS = {
+    "exact_match": "exact match",
+    "normalized_match": "normalized",
+    "token_f1": "F1",
+    "vqa_accuracy": "VQA accuracy",
+    "anls": "ANLS",
+    "relaxed_accuracy": "relaxed accuracy",
+    "multiple_choice": "multiple choice",
+    "loss": "loss",
+}
+LABELS = METRIC_LABELS | {
     "original": "original alone",
     "direct": "original + direct LoRA",
     "emulator-raw": "emulator + raw",
@@ -24,6 +37,7 @@ LABELS = {
     "original-corrected": "original + corrected",
 }
 STAGES = ("compress", "train", "correct", "evaluate")
+SHEET = "predictions.html"
 
 
 def run(params: Params) -> None:
@@ -40,16 +54,19 @@ def run(params: Params) -> None:
         folder.mkdir()
         write_csv(folder / "quality.csv", list(quality[0]), quality)
         write_csv(folder / "costs.csv", list(costs[0]), costs)
-        plots.quality(quality, LABELS, folder / "quality.png")
+        plots.quality(quality, params.evaluate.metrics, LABELS, folder / "quality.png")
         plots.layers(layers, folder / "layers.png")
         plots.training(curves, folder / "training.png")
         plots.costs(costs, folder / "costs.png")
+        original = read_json(layout.POINTER)["name"]
+        sheet.write_sheet(folder / SHEET, params, quality, name=original, labels=LABELS)
         (folder / "report.md").write_text(page, encoding="utf-8")
-    print(quality_table(quality))
+    print(quality_table(quality, params.evaluate.metrics))
     print(
         f"\nreport: {layout.REPORT / 'report.md'} (with {len(list(layout.REPORT.glob('*.png')))} "
         "pictures beside it)"
     )
+    print(f"predictions: {layout.REPORT / SHEET} (opens in any browser)")
     for ratio in params.ratios:
         print(f"adapter of emulator {ratio}: {layout.adapter(ratio, 'corrected')}")
 
@@ -70,15 +87,19 @@ def _leave_out_others(ratios: list[float]) -> None:
 def collect_quality(params: Params) -> list[dict[str, Any]]:
     """A row for each way to answer the test rows: way, ratio (None where none applies), metrics,
     and the adapter's parameters and what its training took (None where nothing was trained)."""
-    metrics = read_json(layout.BASELINE / "baseline.json")
-    rows = [{"way": "original", "ratio": None, **metrics["original"], **_training(None)}]
+
+    def row(way: str, ratio: float | None, scores: dict[str, Any], folder: Path | None) -> Any:
+        metrics = {name: scores[way][name] for name in [*params.evaluate.metrics, "loss"]}
+        return {"way": way, "ratio": ratio, **metrics, **_training(folder)}
+
+    scores = read_json(layout.BASELINE / "baseline.json")
+    rows = [row("original", None, scores, None)]
     if params.evaluate.direct:
-        trained = _training(layout.DIRECT)
-        rows.append({"way": "direct", "ratio": None, **metrics["direct"], **trained})
+        rows.append(row("direct", None, scores, layout.DIRECT))
     for ratio in params.ratios:
-        trained = _training(layout.results(ratio))
-        metrics = read_json(layout.results(ratio) / "evaluate.json")
-        rows += [{"way": way, "ratio": ratio, **metrics[way], **trained} for way in layout.WAYS]
+        folder = layout.results(ratio)
+        scores = read_json(folder / "evaluate.json")
+        rows += [row(way, ratio, scores, folder) for way in layout.WAYS]
     return rows
 
 
@@ -115,14 +136,15 @@ def collect_costs(params: Params) -> list[dict[str, Any]]:
     return rows
 
 
-def quality_table(rows: list[dict[str, Any]]) -> str:
+def quality_table(rows: list[dict[str, Any]], metrics: Sequence[str]) -> str:
     """The quality rows as a Markdown table, the same on the terminal and on the page."""
-    header = ["model", "ratio", "exact match", "normalized", "F1", "loss", "trained", "GiB", "s"]
+    columns = [*metrics, "loss"]
+    header = ["model", "ratio", *(LABELS[name] for name in columns), "trained", "GiB", "s"]
     body = [
         [
             LABELS[row["way"]],
             row["ratio"],
-            *(f"{row[metric]:.3f}" for metric in METRICS),
+            *(f"{row[name]:.3f}" for name in columns),
             f"{row['trained_parameters']:,}",
             None if row["train_peak_gib"] is None else f"{row['train_peak_gib']:.2f}",
             None if row["train_seconds"] is None else f"{row['train_seconds']:.0f}",
@@ -165,6 +187,9 @@ def _page(params: Params, quality: list[dict[str, Any]], costs: list[dict[str, A
     ]
     header = ["ratio", "emulator (MiB)", "original (MiB)", "parameters kept", "emulator", "adapter"]
     counts = ", ".join(f"{count} {split}" for split, count in prepared["rows"].items())
+    left_out = f"{prepared['too_long']} left out as too long"
+    if unreadable := prepared.get("unreadable"):
+        left_out += f", {unreadable} as a picture of theirs cannot be read"
     pictures = [
         ("quality", "Quality against ratio"),
         ("layers", "Loss that each layer's compression predicts"),
@@ -174,12 +199,13 @@ def _page(params: Params, quality: list[dict[str, Any]], costs: list[dict[str, A
     parts = [
         "# EMLoC report",
         f"Original: `{pointer['name']}` (fingerprint `{pointer['fingerprint'][:12]}`). "
-        f"Rows: {counts}; {prepared['too_long']} left out as too long.",
-        quality_table(quality),
+        f"Rows: {counts}; {left_out}.",
+        quality_table(quality, params.evaluate.metrics),
         "All are scored on the same test rows; loss is in nats a token of the answer. `trained` "
         "counts the adapter's parameters; GiB and s are the peak memory and the seconds of its "
         "training.",
         tabulate(emulators, header, tablefmt="github", disable_numparse=True),
+        f"## Predictions\n\n[What each model answered]({SHEET}): test rows, to open in a browser.",
         *(f"## {title}\n\n![{title}]({name}.png)" for name, title in pictures),
         cost_table(costs),
         "Peak memory is the largest sum of allocated tensors on an accelerator, and the largest "

@@ -1,16 +1,26 @@
-"""Metrics against the behaviour of the SQuAD evaluation script."""
+"""Metrics against the evaluation scripts that define them, by their published examples."""
 
 from __future__ import annotations
 
+import random
 import re
 import string
 from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emloc.metrics import exact_match, normalized_match, score, token_f1
+from emloc.metrics import METRICS, references_of, score
+from emloc.metrics.choice import multiple_choice
+from emloc.metrics.texts import anls, exact_match, normalized_match, relaxed_accuracy, token_f1
+from emloc.metrics.vqa import normalize, vqa_accuracy
+from tasks.params import MetricName, load_params
+from tasks.report import METRIC_LABELS
+from tests.project import ROOT
 
 
 def squad_tokens(text: str) -> list[str]:
@@ -31,20 +41,45 @@ def squad_f1(prediction: str, answer: str) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-TEXTS = st.lists(st.sampled_from("The a AN the, cat. Cat cats U.S. -- é 10,000 ( an".split())).map(
-    " ".join
-)
+WORDS = "The a AN the, cat. Cat cats U.S. -- é 10,000 ( an 5% 0.05 B: (b) yes? two 2 dont".split()
+TEXTS = st.lists(st.sampled_from(WORDS), max_size=4).map(" ".join)
+ANSWERS = st.lists(TEXTS, min_size=1, max_size=10)
 
 
 @given(TEXTS, TEXTS)
-def test_metrics_agree_with_squad_and_stay_in_range(prediction: str, answer: str) -> None:
-    assert token_f1(prediction, answer) == pytest.approx(squad_f1(prediction, answer))
-    assert normalized_match(prediction, answer) == (
+def test_metrics_agree_with_squad(prediction: str, answer: str) -> None:
+    assert token_f1(prediction, [answer]) == pytest.approx(squad_f1(prediction, answer))
+    assert normalized_match(prediction, [answer]) == (
         squad_tokens(prediction) == squad_tokens(answer)
     )
-    assert token_f1(prediction, answer) == token_f1(answer, prediction)
-    assert 0 <= exact_match(prediction, answer) <= normalized_match(prediction, answer)
-    assert normalized_match(prediction, answer) <= token_f1(prediction, answer) <= 1
+    assert token_f1(prediction, [answer]) == token_f1(answer, [prediction])
+    assert exact_match(prediction, [answer]) <= normalized_match(prediction, [answer])
+    assert normalized_match(prediction, [answer]) <= token_f1(prediction, [answer])
+
+
+@pytest.mark.parametrize("name", METRICS)
+@given(TEXTS, ANSWERS, st.randoms(use_true_random=False))
+def test_every_metric_is_a_share_and_looks_at_answers_in_no_order(
+    name: str, prediction: str, answers: list[str], order: random.Random
+) -> None:
+    value = METRICS[name](prediction, answers)
+    assert 0 <= value <= 1
+    assert value == pytest.approx(METRICS[name](f" {prediction}\n", answers))
+    order.shuffle(answers)
+    assert value == pytest.approx(METRICS[name](prediction, answers))
+
+
+@pytest.mark.parametrize("name", sorted(set(METRICS) - {"vqa_accuracy"}))
+@given(TEXTS, ANSWERS)
+def test_the_best_answer_counts(name: str, prediction: str, answers: list[str]) -> None:
+    best = max(METRICS[name](prediction, [answer]) for answer in answers)
+    assert METRICS[name](prediction, answers) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("name", sorted(set(METRICS) - {"multiple_choice"}))
+@given(TEXTS)
+def test_saying_the_answer_is_right(name: str, answer: str) -> None:
+    assert METRICS[name](answer, [answer]) == 1
 
 
 @pytest.mark.parametrize(
@@ -62,22 +97,285 @@ def test_metrics_agree_with_squad_and_stay_in_range(prediction: str, answer: str
         ("Denver  Broncos", "Denver Broncos", 0, 1, 1),
     ],
 )
-def test_worked_examples(
+def test_worked_examples_of_squad(
     prediction: str, answer: str, exact: float, normalized: float, f1: float
 ) -> None:
-    assert exact_match(prediction, answer) == exact
-    assert normalized_match(prediction, answer) == normalized
-    assert token_f1(prediction, answer) == pytest.approx(f1)
+    assert exact_match(prediction, [answer]) == exact
+    assert normalized_match(prediction, [answer]) == normalized
+    assert token_f1(prediction, [answer]) == pytest.approx(f1)
 
 
-def test_score_is_the_mean_of_the_pairs() -> None:
-    means = score(["Paris", "the rome", "x"], ["Paris", "Rome", "y z"])
-    assert means == pytest.approx(
+def test_the_example_of_pix2struct() -> None:
+    """google-research/pix2struct, metrics_test.py: test_pix2struct_metrics."""
+    predictions = ["abc", "abc", "Abc", "100%", "100%", "100%", "100%", "Don't"]
+    targets = ["abc", "Abc", "abc", "96%", "94%", "0.96", "0.94", "Won't"]
+    names = ["exact_match", "anls", "relaxed_accuracy"]
+    assert score(predictions, [[target] for target in targets], names) == pytest.approx(
+        {"exact_match": 0.125, "anls": 0.475, "relaxed_accuracy": 0.625}
+    )
+
+
+@pytest.mark.parametrize(
+    ("prediction", "value"),
+    [("The Coca", 0), ("CocaCola", 0.89), ("Coca cola", 1), ("Cola", 0), ("Cat", 0)],
+)
+def test_the_anls_example_of_the_robust_reading_competition(prediction: str, value: float) -> None:
+    """rrc.cvc.uab.es, Scene Text VQA, Tasks: "What soft drink company name is on the red disk?"."""
+    answers = ["Coca Cola", "Coca Cola Company"]
+    assert anls(prediction, answers) == pytest.approx(value, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "value"),
+    [
+        ("ab", "abcd", 0.5),
+        ("CocaCola", "Coca Cola Company", 0),  # 0.47
+        ("", "a", 0),
+        ("", " ", 1),
+        ("a  b", "A b", 1),
+    ],
+)
+def test_anls_at_its_threshold(prediction: str, answer: str, value: float) -> None:
+    assert anls(prediction, [answer]) == value
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "right"),
+    [
+        ("105", "100", True),
+        ("105.1", "100", False),
+        ("95", "100", True),
+        ("-95", "-100", True),
+        ("-95", "100", False),
+        ("1e2", "100", True),
+        ("52%", "50%", True),
+        ("52", "50%", False),
+        ("Red", "red", True),
+        ("reds", "red", False),
+        ("0", "0", True),
+        ("0.0", "0", False),
+        ("0.01", "0", False),
+        ("1,234", "1234", False),
+        ("1,234", "1,234", True),
+        ("nan", "NaN", True),
+        ("inf", "100", False),
+        ("%", "%", True),
+        ("five", "5", False),
+    ],
+)
+def test_relaxed_accuracy_follows_chartqa(prediction: str, answer: str, right: bool) -> None:
+    """Masry et al. (2022), section 5.1, and the code of pix2struct for what it leaves open."""
+    assert relaxed_accuracy(prediction, [answer]) == right
+
+
+@pytest.mark.parametrize("said", range(11))
+def test_three_of_ten_people_make_an_answer_right(said: int) -> None:
+    """visualqa.org/evaluation: min(#/3, 1), averaged over all sets of nine of the ten people."""
+    answers = ["red"] * said + [f"other {number}" for number in range(10 - said)]
+    expected = {0: 0, 1: 0.3, 2: 0.6, 3: 0.9}.get(said, 1)
+    assert vqa_accuracy("red", answers) == pytest.approx(expected)
+
+
+def leave_one_out(prediction: str, answers: Sequence[str]) -> float:
+    """The formula as it is written, on texts that need no normalisation."""
+    shares = []
+    for place in range(len(answers)):
+        others = [*answers[:place], *answers[place + 1 :]]
+        shares.append(min(1, others.count(prediction) / 3))
+    return sum(shares) / len(shares)
+
+
+@given(st.lists(st.sampled_from(["red", "blue", "green"]), min_size=2, max_size=12))
+def test_vqa_accuracy_leaves_out_each_answer_in_turn(answers: list[str]) -> None:
+    assert vqa_accuracy("red", answers) == pytest.approx(leave_one_out("red", answers))
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("Dont", "don't"),
+        ("100,978", "100978"),
+        ("the girl's hat", "girl's hat"),
+        ("2:50 pm", "2:50 pm"),
+        ("A dog.", "dog"),
+        ("3.5 miles.", "3.5 miles"),
+        ("Two", "2"),
+        ("none", "0"),
+        ("red/blue", "red blue"),
+        ("red / blue", "red blue"),
+        ("T-shirt", "t shirt"),
+        ("black -white", "black white"),
+        ("1,000-2,000", "10002000"),
+        ("couldnt've", "couldn't've"),
+        ("yallll yall'd've", "yallll y'all'd've"),
+    ],
+)
+def test_texts_are_normalised_as_in_the_vqa_evaluation(text: str, normal: str) -> None:
+    """The first five are those of visualqa.org/evaluation, the others of its code."""
+    assert normalize(text) == normal
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "value"),
+    [
+        ("Yes.", ["yes"] * 10, 0),  # where all agree, the code compares texts as they are
+        ("Yes.", ["yes"] * 9 + ["no"], 1),
+        ("a dog", ["dog", "the dog", "Dog!"] + ["cat"] * 7, 0.9),
+        ("2", ["two", "2"] + ["3"] * 8, 0.6),
+        ("x-ray", ["x ray", "X-Ray", "xray", "xray", "xray"], 2 * (1 / 3) / 5 + 3 * (2 / 3) / 5),
+    ],
+)
+def test_answers_of_the_vqa_evaluation_code(
+    prediction: str, answers: list[str], value: float
+) -> None:
+    """Values that GT-Vision-Lab/VQA's vqaEval.py gives for the same texts."""
+    assert vqa_accuracy(prediction, answers) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(("prediction", "value"), [("Yes.", 1), ("no", 0), ("the yes", 1)])
+def test_one_answer_alone_is_a_match_of_normalised_texts(prediction: str, value: float) -> None:
+    assert vqa_accuracy(prediction, ["yes"]) == value
+
+
+# The example of PMC-VQA's data card: "What is the uptake pattern in the breast?"
+UPTAKE = "B:Focal uptake pattern"
+
+
+@pytest.mark.parametrize("answer", ["B", "b", "(B)", UPTAKE, "B: Focal uptake pattern"])
+@pytest.mark.parametrize(
+    "prediction",
+    [
+        "B",
+        "b",
+        " B.\n",
+        "(B)",
+        "**B**",
+        UPTAKE,
+        "B. Focal uptake pattern",
+        "(b) focal uptake pattern",
+        "B\n\nThe uptake is focal.",
+        "The answer is B",
+        "the answer is b.",
+        "Answer: (B) Focal uptake pattern",
+        "The correct option is B because option C shows none.",
+        "Option A is wrong. Option D, too. The answer is (B).",
+        "Is the answer D? No, the answer is B.",
+        "Option B fits best",
+        r"\boxed{B}",
+        "It is focal (B), clearly.",
+    ],
+)
+def test_an_option_is_found_however_it_is_named(prediction: str, answer: str) -> None:
+    assert multiple_choice(prediction, [answer]) == 1
+    assert multiple_choice(prediction, ["C: Focal"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer"),
+    [
+        ("", "B"),
+        ("C", "B"),
+        ("Focal uptake pattern", "B"),
+        ("A dog", "A"),
+        ("The answer is a dog", "A"),
+        ("The answer isn't B", "B"),
+        ("U.S.", "U"),
+        ("either (B) or (C)", "B"),
+        ("neither option B nor option C", "B"),
+        ("Diffuse uptake pattern", UPTAKE),
+        ("C: Focal uptake pattern", UPTAKE),
+        ("B", "Focal uptake pattern"),
+        ("", "the"),
+    ],
+)
+def test_no_option_or_another_one_is_wrong(prediction: str, answer: str) -> None:
+    assert multiple_choice(prediction, [answer]) == 0
+
+
+@pytest.mark.parametrize("prediction", ["focal uptake pattern.", "Focal Uptake Pattern", UPTAKE])
+@pytest.mark.parametrize("answer", [UPTAKE, "Focal uptake pattern"])
+def test_an_options_text_names_it(prediction: str, answer: str) -> None:
+    assert multiple_choice(prediction, [answer]) == 1
+
+
+def test_a_letter_within_an_options_text_is_not_its_letter() -> None:
+    assert multiple_choice("Vitamin B", ["C: Vitamin B"]) == 1
+    assert multiple_choice("Vitamin B", ["B: Vitamin C"]) == 0
+
+
+def test_score_is_the_mean_of_the_rows_for_the_metrics_asked_for() -> None:
+    references = [["Paris"], ["Athens", "Rome"], ["y z"]]
+    assert score(["Paris", "the rome", "x"], references, list(METRICS)[:3]) == pytest.approx(
         {"exact_match": 1 / 3, "normalized_match": 2 / 3, "token_f1": 2 / 3}
     )
+    assert list(score(["B"], [["B"]], ["multiple_choice", "anls"])) == ["multiple_choice", "anls"]
 
 
 @pytest.mark.parametrize(("predictions", "answers"), [([], []), (["x"], []), (["x"], ["x", "y"])])
 def test_score_of_unlike_lists_raises(predictions: list[str], answers: list[str]) -> None:
-    with pytest.raises(ValueError, match=f"{len(predictions)} predictions and {len(answers)}"):
-        score(predictions, answers)
+    references = [[answer] for answer in answers]
+    with pytest.raises(ValueError, match=f"{len(predictions)} predictions.*for {len(references)}"):
+        score(predictions, references, ["exact_match"])
+
+
+@pytest.mark.parametrize("reference", [[], "yes"])
+def test_score_of_a_row_without_a_list_of_answers_raises(reference: Sequence[str]) -> None:
+    with pytest.raises(ValueError, match=f"prediction 2 are {re.escape(repr(reference))}, but"):
+        score(["x", "y"], [["x"], reference], ["exact_match"])
+
+
+def test_an_unknown_metric_is_refused_with_those_that_there_are() -> None:
+    with pytest.raises(ValueError) as raised:
+        score(["x"], [["x"]], ["exact_match", "exact-match"])
+    assert "'exact-match' (did you mean exact_match?)" in str(raised.value)
+    assert all(name in str(raised.value) for name in METRICS)
+    with pytest.raises(ValueError, match="metric is 'bleu', but"):
+        score(["x"], [["x"]], ["bleu"])
+
+
+@pytest.mark.parametrize(
+    ("row", "references"),
+    [
+        ({"prompt": "?", "answer": "yes"}, ["yes"]),
+        ({"prompt": "?", "answer": "yes", "answers": ["yes", "yes", "no"]}, ["yes", "yes", "no"]),
+        ({"messages": [{"role": "assistant", "content": "hi"}]}, ["hi"]),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "image", "image": "images/x.png"}]},
+                    {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]},
+                ]
+            },
+            ["a cat"],
+        ),
+    ],
+)
+def test_references_are_all_accepted_answers_or_the_rows_own(
+    row: dict[str, object], references: list[str]
+) -> None:
+    assert references_of(row) == references
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        ("[bleu]", "evaluate.metrics.0 is 'bleu', but it should be 'exact_match', "),
+        ("[anls, vqa_accuracy, anls]", "names a metric twice"),
+        ("[]", "evaluate.metrics is []"),
+        ("anls", "evaluate.metrics is 'anls', but it should be a valid list"),
+        ("null", "evaluate.metrics is None"),
+    ],
+)
+def test_params_with_other_metrics_are_refused(tmp_path: Path, metrics: str, message: str) -> None:
+    text = (ROOT / "params.yaml").read_text()
+    changed = re.sub(r"(?m)^  metrics: .*$", f"  metrics: {metrics}", text)
+    (tmp_path / "params.yaml").write_text(changed)
+    with pytest.raises(ValueError) as raised:
+        load_params(tmp_path / "params.yaml")
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_params_and_report_know_all_metrics() -> None:
+    assert get_args(MetricName) == tuple(METRICS)
+    assert {*METRICS, "loss"} == set(METRIC_LABELS)

@@ -108,6 +108,16 @@ def test_samples_of_chats_show_the_turns_that_were_asked(tmp_path: Path) -> None
     assert (samples["answer"][0], samples["original"][0]) == ("Hello", "Hey")
 
 
+def test_samples_of_rows_with_pictures_name_them(tmp_path: Path) -> None:
+    parts = [{"type": "image", "image": "images/12ab.png"}, {"type": "text", "text": "What is it?"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "a cat"}]
+    row = {"messages": messages, "prediction": "a dog"}
+    (tmp_path / "original.jsonl").write_text(json.dumps(row) + "\n")
+    samples = read_samples(tmp_path)
+    assert samples["prompt"] == ["user: [12ab.png] What is it?"]
+    assert (samples["answer"], samples["original"]) == (["a cat"], ["a dog"])
+
+
 def test_a_branch_is_what_its_files_and_dvc_lock_say(project: Path) -> None:
     branch = read_branch("0.5")
     scores = json.loads(Path("results/0.5/evaluate.json").read_text())
@@ -127,13 +137,14 @@ def test_a_branch_is_what_its_files_and_dvc_lock_say(project: Path) -> None:
     assert branch.hashes["emulator"] == outs["artifacts/emulators/0.5"]
     assert branch.hashes["adapter.corrected"] == outs["artifacts/adapters/0.5/corrected"]
     assert branch.hashes["data.test"] == outs["artifacts/data/test.jsonl"]
+    assert branch.hashes["data.images"] == outs["artifacts/data/images"]
     assert branch.machine == {"device": "cpu", "cpu": "a processor"}
 
 
 def test_the_shared_results_are_of_no_ratio_and_of_the_same_group(project: Path) -> None:
     shared, branch = read_shared(), read_branch("0.8")
     assert (shared.group, shared.params) == (branch.group, branch.params)
-    assert "baseline/original-raw/loss" in shared.metrics
+    assert "baseline/original/loss" in shared.metrics
     assert "direct/curve/loss" in shared.curves
     assert not [key for key in shared.metrics if key.startswith(("train/", "evaluate/"))]
     assert {"adapter.direct", "report"} <= set(shared.hashes)

@@ -134,7 +134,11 @@ def test_adapters_samples_and_report_are_in_the_store(project: Path) -> None:
     assert table["columns"] == ["prompt", "answer", *sorted(WAYS)]
     assert table["data"] == [["2a", "aa", *(f"{way}5" for way in sorted(WAYS))]]
     report = Path(client().download_artifacts(parent.info.run_id, "report"))
-    assert {file.name for file in report.iterdir()} == {"report.md", "quality.png"}
+    assert {file.name for file in report.iterdir()} == {
+        "report.md",
+        "quality.png",
+        "predictions.html",
+    }
 
 
 def test_a_changed_report_updates_its_parent_and_repeats_no_metric(project: Path) -> None:
@@ -147,7 +151,7 @@ def test_a_changed_report_updates_its_parent_and_repeats_no_metric(project: Path
     (parent,) = runs("parent")
     assert "EMLoC report 1" in parent.data.tags["mlflow.note.content"]
     assert parent.data.tags["dvc.report"] == read_shared().hashes["report"]
-    for key in ("direct/curve/loss", "baseline/original-raw/loss"):
+    for key in ("direct/curve/loss", "baseline/original/loss"):
         points = client().get_metric_history(parent.info.run_id, key)
         assert len(points) == len({point.step for point in points})
 

@@ -1,4 +1,4 @@
-"""params.yaml, the presets and dvc.yaml: parsed, checked, and in step with the code."""
+"""params.yaml and dvc.yaml: parsed, checked, and in step with the code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import yaml
 from tasks.params import load_params
 
 ROOT = Path(__file__).parent.parent
-PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
 IMPORTED = """
@@ -26,18 +25,6 @@ names = [getattr(module, "__file__", None) for module in list(sys.modules.values
 files = [pathlib.Path(name) for name in names if name]
 print(json.dumps([f.relative_to(root).as_posix() for f in files if f.is_relative_to(root)]))
 """
-
-
-@pytest.mark.parametrize("file", [ROOT / "params.yaml", *PRESETS], ids=lambda file: file.name)
-def test_shipped_params_are_valid(file: Path) -> None:
-    params = load_params(file)
-    assert params.ratios
-
-
-@pytest.mark.parametrize("file", PRESETS, ids=lambda file: file.name)
-def test_a_preset_opens_with_its_command(file: Path) -> None:
-    opening = file.read_text().split("\nratios:")[0]
-    assert f"cp presets/{file.name} params.yaml && dvc repro" in opening
 
 
 def changed(tmp_path: Path, path: str, value: Any) -> Path:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 
 from tests.internvl_tokenizers import save_qwen2_files, save_sentencepiece, write
+from tests.tiny import draw_weights
 
 VISION = dict(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -248,14 +249,7 @@ class Original(nn.Module):
         self.mlp1 = nn.Sequential(
             nn.LayerNorm(4 * vision), nn.Linear(4 * vision, text), nn.GELU(), nn.Linear(text, text)
         )
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for _, weight in sorted(self.named_parameters()):
-                noise = torch.randn(weight.shape, generator=generator)
-                if weight.ndim > 1:
-                    weight.copy_(noise * weight.shape[-1] ** -0.5)
-                else:
-                    weight.add_(0.3 * noise)
+        draw_weights(self, seed, spread=0.3)
 
     def forward(self, tokens: Tensor, pixels: Tensor, picture_token: int) -> Tensor:
         """Logits; the features of the tiles take the place of `picture_token`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,17 +11,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows import workspace
+from emloc.source import cache_dir
+from flows import emulators, workspace
 from flows.stages import StageError
+from tests import shell
 from tests.project import ROOT
-from tests.shell import start
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project that is committed."""
     folder = tmp_path_factory.mktemp("workspace") / "project"
-    start(folder)
+    shell.start(folder)
     return folder
 
 
@@ -100,8 +102,11 @@ def test_what_is_no_repository_is_not_deployed(tmp_path: Path) -> None:
     )
 
 
-def clone_of(checkout: Path, folder: Path) -> Path:
-    subprocess.run(["git", "clone", "--quiet", str(checkout), str(folder)], check=True)
+@pytest.fixture
+def clone(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh clone, which is then the working directory."""
+    folder = shell.clone(checkout, tmp_path / "clone")
+    monkeypatch.chdir(folder)
     return folder
 
 
@@ -112,10 +117,8 @@ def cache_of(folder: Path) -> Path:
 
 
 def test_on_one_machine_a_clone_shares_with_the_checkout(
-    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkout: Path, clone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clone = clone_of(checkout, tmp_path / "clone")
-    monkeypatch.chdir(clone)
     monkeypatch.setenv("EMLOC_CHECKOUT", str(checkout))
     workspace.share_state(print)
     workspace.share_store()
@@ -125,10 +128,8 @@ def test_on_one_machine_a_clone_shares_with_the_checkout(
 
 
 def test_on_another_machine_a_clone_keeps_its_state_beside_the_downloads(
-    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clone = clone_of(checkout, tmp_path / "clone")
-    monkeypatch.chdir(clone)
     monkeypatch.setenv("EMLOC_CHECKOUT", "/not/on/this/machine")
     monkeypatch.setenv("EMLOC_CACHE", str(tmp_path / "state"))
     workspace.share_state(print)
@@ -139,10 +140,8 @@ def test_on_another_machine_a_clone_keeps_its_state_beside_the_downloads(
 
 
 def test_what_a_worker_says_comes_first(
-    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkout: Path, clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clone = clone_of(checkout, tmp_path / "clone")
-    monkeypatch.chdir(clone)
     monkeypatch.setenv("EMLOC_CHECKOUT", str(checkout))
     monkeypatch.setenv("EMLOC_DVC_CACHE", str(tmp_path / "own"))
     monkeypatch.setenv("EMLOC_CHECKPOINTS", "/scratch/checkpoints")
@@ -152,3 +151,23 @@ def test_what_a_worker_says_comes_first(
     assert cache_of(clone) == tmp_path / "own"
     assert os.environ["EMLOC_CHECKPOINTS"] == "/scratch/checkpoints"
     assert os.environ["MLFLOW_TRACKING_URI"] == "http://server:5000"
+
+
+def test_folders_that_flows_name_again_are_those_of_the_stages() -> None:
+    layout = runpy.run_path(str(ROOT / "tasks/layout.py"))  # as a stage without settings sees it
+    assert Path(workspace.CHECKPOINTS) == layout["CHECKPOINTS"]
+    assert Path(emulators.POINTER) == layout["POINTER"]
+    assert Path(emulators.ROWS) == layout["rows"]("calibration")
+    assert Path(emulators.FACTORS) == layout["FACTORS"]
+    assert Path(f"{emulators.EMULATORS}0.5") == layout["emulator"](0.5)
+
+
+@pytest.mark.parametrize("place", [{}, {"XDG_CACHE_HOME": "~/x"}, {"EMLOC_CACHE": "~/e"}], ids=str)
+def test_a_machines_state_lies_beside_the_stages_downloads(
+    place: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("XDG_CACHE_HOME", "EMLOC_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    assert {folder.parent for folder in workspace._machine_state()} == {cache_dir()}

@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
 from tests.project import make_project
 from tests.servers import Outside, Prefect, prefect_server, stage_processes, started, wait_for
-from tests.shell import environment, git
+from tests.shell import dvc, environment, git, lock, run
 
 pytestmark = pytest.mark.slow
 
 ENDLESS = 'overrides=["train.steps=1000000"]'
 
 
-def flow(folder: Path, env: dict[str, str], name: str, *arguments: str) -> tuple[int, str]:
+def flow(folder: Path, name: str, *arguments: str, **more: str) -> tuple[int, str]:
     """Run `python -m flows.NAME` in a project; exit code and what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-m", f"flows.{name}", *arguments],
-        cwd=folder,
-        env=env,
-        capture_output=True,
-        text=True,
-    )
+    done = run(folder, f"flows.{name}", *arguments, **more)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -110,11 +102,11 @@ def test_nothing_was_asked_of_other_machines(server: Prefect, outside: Outside) 
 
 
 def test_one_run_alone_takes_all_from_the_cache(project: Path, server: Prefect) -> None:
-    code, printed = flow(project, environment(server.folder), "pipeline")
+    code, printed = flow(project, "pipeline")
     assert code == 0, printed
     assert "13 stages: 0 ran, 13 restored, 0 unchanged." in printed
     assert (project / "report/report.md").exists()
-    code, printed = flow(project, environment(server.folder), "pipeline")
+    code, printed = flow(project, "pipeline")
     assert "0 ran, 0 restored, 13 unchanged." in printed
     assert "Logged" not in printed
 
@@ -177,28 +169,21 @@ def test_a_branch_that_fails_leaves_the_others_and_a_rerun_goes_on(
     clone = folder / "failing"
     git(project, "clone", "--quiet", str(project), str(clone))
     git(clone, "config", "user.name", "test")
-    env = environment(folder)
-    subprocess.run(
-        [sys.executable, "-m", "dvc", "cache", "dir", "--local", str(project / ".dvc/cache")],
-        cwd=clone,
-        env=env,
-        check=True,
-    )
+    dvc(clone, "cache", "dir", "--local", str(project / ".dvc/cache"))
     obstacle = clone / "artifacts/adapters/0.5"
     obstacle.parent.mkdir(parents=True)
     obstacle.write_text("a file where a folder should be")
     options = ["--set", "train.seed=1", "--parallel", "2", "--no-track"]
-    code, printed = flow(clone, env, "pipeline", *options)
+    code, printed = flow(clone, "pipeline", *options)
     assert code == 1
     assert (
         "train@0.5 failed" in printed and "Not begun: correct@0.5, evaluate@0.5, report" in printed
     )
     assert (clone / "results/0.8/evaluate.json").exists()
     obstacle.unlink()
-    code, printed = flow(clone, env, "pipeline", *options)
+    code, printed = flow(clone, "pipeline", *options)
     assert code == 0, printed
-    lock = yaml.safe_load((clone / "dvc.lock").read_text())["stages"]
-    assert lock["train@0.5"]["params"]["params.yaml"]["train"]["seed"] == 1
+    assert lock(clone)["train@0.5"]["params"]["params.yaml"]["train"]["seed"] == 1
     running = [line for line in printed.splitlines() if "Running stage" in line]
     assert {line.split("'")[-2] for line in running} == {
         "train@0.5",
@@ -208,26 +193,22 @@ def test_a_branch_that_fails_leaves_the_others_and_a_rerun_goes_on(
     }
 
 
-def test_no_server_is_one_sentence(project: Path, folder: Path) -> None:
-    env = environment(folder)
-    code, printed = flow(project, env, "sweep")
+def test_no_server_is_one_sentence(project: Path) -> None:
+    code, printed = flow(project, "sweep")
     assert code == 1
     assert printed.startswith("error: A sweep hands its branches to workers")
-    env["PREFECT_API_URL"] = "http://127.0.0.1:9/api"
-    code, printed = flow(project, env, "pipeline")
+    code, printed = flow(project, "pipeline", PREFECT_API_URL="http://127.0.0.1:9/api")
     assert code == 1
     assert "error: No Prefect server answers at http://127.0.0.1:9/api" in printed
     assert "Traceback" not in printed
 
 
-def test_a_remote_that_refuses_is_one_sentence_before_anything_runs(
-    project: Path, folder: Path
-) -> None:
+def test_a_remote_that_refuses_is_one_sentence_before_anything_runs(project: Path) -> None:
     config = project / ".dvc/config.local"
     before = config.read_text() if config.exists() else None
-    env = environment(folder, AWS_ACCESS_KEY_ID="x", AWS_SECRET_ACCESS_KEY="y")
-    env["AWS_ENDPOINT_URL"] = "http://127.0.0.1:9"
-    code, printed = flow(project, env, "pipeline", "--remote", "s3://bucket/x")
+    access = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y"}
+    access["AWS_ENDPOINT_URL"] = "http://127.0.0.1:9"
+    code, printed = flow(project, "pipeline", "--remote", "s3://bucket/x", **access)
     assert code == 1
     assert "error: The remote (s3://bucket/x) cannot be used: " in printed
     assert "Running stage" not in printed

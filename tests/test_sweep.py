@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import subprocess
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.servers import prefect_server, stage_processes, started, wait_for
-from tests.shell import check_cache, commit, dvc, git, ran, restored, start
+from tests.shell import check_cache, commit, dvc, git, ran, restored, run, start
 
 pytest_plugins = "tests.reproduced"
 pytestmark = pytest.mark.slow
@@ -31,24 +30,19 @@ def test_two_workers_build_two_ratios_at_once_and_a_third_clone_computes_nothing
         caches = [tmp_path / "cache-1", tmp_path / "cache-2"]
         apart = [{"EMLOC_DVC_CACHE": str(cache), "EMLOC_CACHE": f"{cache}-x"} for cache in caches]
         with server.worker("first", **apart[0]), server.worker("second", **apart[1]):
-            done = subprocess.run(
-                [sys.executable, "-m", "flows.sweep", "--remote", str(remote)],
-                cwd=project,
-                env=server.env,
-                capture_output=True,
-                text=True,
-            )
+            options = ["--remote", str(remote)]
+            done = run(project, "flows.sweep", *options, PREFECT_API_URL=server.url)
         printed = done.stdout + done.stderr
         assert done.returncode == 0, printed
         # Before the branches the four that no ratio changes; after them the report alone.
         assert len(ran(printed)) == 5, ran(printed)
         assert "1 ran, 8 restored, 4 unchanged" in printed
-        runs = server.runs("branch/emloc")
-        assert {run["parameters"]["ratio"] for run in runs} == {0.8, 0.5}
-        begun = max(datetime.fromisoformat(run["start_time"]) for run in runs)
-        assert begun < min(datetime.fromisoformat(run["end_time"]) for run in runs)
-        for run in runs:
-            states = server.stages(run["id"])
+        branches = server.runs("branch/emloc")
+        assert {branch["parameters"]["ratio"] for branch in branches} == {0.8, 0.5}
+        begun = max(datetime.fromisoformat(branch["start_time"]) for branch in branches)
+        assert begun < min(datetime.fromisoformat(branch["end_time"]) for branch in branches)
+        for branch in branches:
+            states = server.stages(branch["id"])
             assert states["calibrate"] == "Restored"
             assert list(states.values()).count("Ran") == 4
 
@@ -65,30 +59,24 @@ def test_two_workers_build_two_ratios_at_once_and_a_third_clone_computes_nothing
 
 
 def test_a_sweep_that_cannot_begin_says_what_is_missing(project: Path, tmp_path: Path) -> None:
-    def sweep(env: dict[str, str], *arguments: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "flows.sweep", *arguments],
-            cwd=project,
-            env=env,
-            capture_output=True,
-            text=True,
-        )
+    def sweep(*arguments: str) -> str:
+        done = run(project, "flows.sweep", *arguments, PREFECT_API_URL=server.url)
         assert done.returncode == 1
         return next(line for line in done.stderr.splitlines() if line.startswith("error: "))
 
     with prefect_server(project, tmp_path) as server:
-        assert "error: This project has no remote: add one" in sweep(server.env)
-        problem = sweep(server.env, "--remote", str(tmp_path / "remote"))
+        assert "error: This project has no remote: add one" in sweep()
+        problem = sweep("--remote", str(tmp_path / "remote"))
         assert "error: There is no deployment branch/emloc: run prefect deploy --all" in problem
-        problem = sweep(server.env, "--remote", "nobody")
+        problem = sweep("--remote", "nobody")
         assert "error: remote is 'nobody', but the remotes of this project are" in problem
-        problem = sweep(server.env, "--remote", "http://127.0.0.1:9/x")
+        problem = sweep("--remote", "http://127.0.0.1:9/x")
         assert "keeps no record of runs, through which the machines of a sweep" in problem
         (project / "dvc.yaml").write_text((project / "dvc.yaml").read_text() + "# more\n")
-        problem = sweep(server.env, "--remote", str(tmp_path / "remote"))
+        problem = sweep("--remote", str(tmp_path / "remote"))
         assert "dvc.yaml differ from it: commit the changes" in problem
         git(project, "checkout", "--quiet", "dvc.yaml")
-        problem = sweep(server.env, "--set", "train.lora.rr=16", "--remote", str(tmp_path / "r"))
+        problem = sweep("--set", "train.lora.rr=16", "--remote", str(tmp_path / "r"))
         assert "Could not override 'train.lora.rr': write KEY=VALUE" in problem
 
 
@@ -103,7 +91,7 @@ def test_a_stopped_sweep_stops_its_branches(project: Path, tmp_path: Path) -> No
             wait_for("training", lambda: stage_processes(tmp_path, "train"), seconds=180)
             sweep.send_signal(signal.SIGINT)
             assert sweep.wait(timeout=30) == 130
-            for run in server.runs("branch/emloc"):
-                assert server.ended(run["id"], seconds=60)["state_type"] == "CANCELLED"
+            for branch in server.runs("branch/emloc"):
+                assert server.ended(branch["id"], seconds=60)["state_type"] == "CANCELLED"
             assert len(server.runs("branch/emloc")) == 2
             assert not stage_processes(tmp_path, "train")

@@ -23,13 +23,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from benchmarks.common import markdown, save_results, seconds
 from emloc.calibrate import Moments
 from emloc.data import codespell_rows
 from emloc.factors import factorize_from_inputs, factorize_from_outputs, rank_for, root_of
-from emloc.families.text import collate, encode_rows, load_tokenizer
+from emloc.families import Codec, load_codec
 from emloc.models import load_model
 from emloc.source import fetch_pypi, resolve_model
 
@@ -189,22 +188,20 @@ class _Inputs:
         return add
 
 
-def codespell_batches(tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Tensor]]:
+def codespell_batches(codec: Codec) -> list[dict[str, Tensor]]:
     """`ROWS` rows of codespell, drawn with a seed, as padded batches of 32."""
     rows = codespell_rows(fetch_pypi(DATA, sha256=DATA_SHA256))
     chosen = random.Random(0).sample(rows, ROWS)
-    examples = encode_rows(chosen, tokenizer, max_length=256, source="codespell")
-    pad = tokenizer.pad_token_id
+    examples = codec.encode(chosen, max_length=256, source="codespell")
     return [
-        collate(examples[start : start + 32], pad_token_id=pad, side="right")
-        for start in range(0, ROWS, 32)
+        codec.collate(examples[start : start + 32], side="right") for start in range(0, ROWS, 32)
     ]
 
 
 def smollm2(repeats: int) -> dict[str, Any]:
     """Both routes on all linears of SmolLM2's blocks, from moments over rows of codespell."""
     path = resolve_model(MODEL, sha256=MODEL_SHA256)
-    batches = codespell_batches(load_tokenizer(path))
+    batches = codespell_batches(load_codec(path))
     model = load_model(path, dtype=torch.float32, device="cpu")
     linears = {
         name: module
@@ -228,7 +225,7 @@ def smollm2(repeats: int) -> dict[str, Any]:
         return inputs.sums
 
     def calibrate() -> dict[str, Any]:
-        moments = Moments(linears, lambda: running["mask"])
+        moments = Moments(linears, lambda _: running["mask"])
         with moments.hooked():
             forward()
         return moments.take(list(linears))

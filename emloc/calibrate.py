@@ -21,6 +21,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from emloc.factors import (
     Factors,
@@ -55,10 +56,13 @@ class Moments:
 
     Args:
         linears: name → module.
-        mask: gives the running batch's attention mask (B, T), or None when no token is padding.
+        mask: gives the running batch's attention mask (B, T) for a linear, by its name, or None
+            when none of its tokens is padding.
     """
 
-    def __init__(self, linears: Mapping[str, nn.Linear], mask: Callable[[], Tensor | None]) -> None:
+    def __init__(
+        self, linears: Mapping[str, nn.Linear], mask: Callable[[str], Tensor | None]
+    ) -> None:
         self._linears, self._mask = linears, mask
         self._moments: dict[str, _Moment] = {}
         self._leader: dict[str, str] = {}  # linear → the linear whose sum it shares
@@ -120,7 +124,7 @@ class Moments:
         return hook
 
     def _add(self, name: str, x: Tensor) -> None:
-        mask = self._mask()
+        mask = self._mask(name)
         if mask is not None and x.ndim == 3 and x.shape[:2] == mask.shape:
             x = x[mask.bool()]
         elif mask is not None and x.ndim == 2 and x.shape[0] == mask.numel():  # (B·T, i)
@@ -178,7 +182,13 @@ def calibrate(
     for name in linears:
         by_unit.setdefault(stream.unit_of(name), []).append(name)
     on_device = [{key: _to(value, stream.device) for key, value in b.items()} for b in batches]
-    moments = Moments(linears, lambda: on_device[stream.current].get("attention_mask"))
+    of_text = _text_modules(opened.model)
+
+    def mask(name: str) -> Tensor | None:
+        seen = linears[name] in of_text
+        return on_device[stream.current].get("attention_mask") if seen else None
+
+    moments = Moments(linears, mask)
     label = "calibrate" if progress else None
     with writing(out) as folder, full_float32(), moments.hooked():
         folder.mkdir()
@@ -262,6 +272,13 @@ class _FactorWriter:
                 root = None  # frees the last one before the next is computed
                 root, root_of_leader = root_of(moment.total), leader
             yield name, factorize_from_inputs(weight, root, rank)
+
+
+def _text_modules(model: nn.Module) -> set[nn.Module]:
+    """The modules that see a row's tokens; those of a vision tower see a picture's patches."""
+    if not isinstance(model, PreTrainedModel):
+        return set(model.modules())
+    return {*model.get_decoder().modules(), model.get_output_embeddings()}
 
 
 def _to(value: Any, device: torch.device) -> Any:

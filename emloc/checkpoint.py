@@ -1,13 +1,15 @@
 """A checkpoint folder on the disk: is it whole, which files matter, what are their hashes.
 
 - `check_whole`: a config and every weight there and readable, safetensors only
-- `deciding_files`: weights, index, config and tokenizer
+- `deciding_files`: weights, index, config, tokenizer and processor
+- `copy_companions`: the last two
 - `digests`: hashes, remembered beside size and modification time so that big files are read once
 """
 
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,13 @@ def deciding_files(folder: Path, source: str) -> list[str]:
     if _WEIGHTS not in shards:
         names.add(INDEX)
     return sorted(names)
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy what a model is used with (tokenizer, processor, templates, generation settings)."""
+    for file in (file for pattern in _SIDE_FILES for file in source.glob(pattern)):
+        if file.name != "config.json":
+            shutil.copyfile(file, folder / file.name)
 
 
 def digests(

@@ -10,7 +10,6 @@ An emulator folder is a transformers checkpoint: config.json with a `quantizatio
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,13 +21,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from emloc.calibrate import FactorFiles
+from emloc.checkpoint import copy_companions
 from emloc.factors import loss_kept, rank_for
 from emloc.files import read_json, write_json, writing
 from emloc.lowrank import EmlocConfig
 from emloc.models import OpenedModel
 from emloc.shards import Piece, write_shards
-
-COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja")  # tokenizer, generation, templates
 
 
 @dataclass(frozen=True)
@@ -133,9 +131,7 @@ def cut(
             max_shard_size=max_shard_size,
             progress="compress" if progress else None,
         )
-        for file in (file for pattern in COMPANIONS for file in original.glob(pattern)):
-            if not file.name.endswith(".safetensors.index.json"):
-                shutil.copyfile(file, folder / file.name)
+        copy_companions(original, folder)
         write_json(folder / "config.json", {**config, "quantization_config": quantization})
     return {
         "emulator_bytes": sum(piece.like.nbytes for piece in pieces.values()),

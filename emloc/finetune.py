@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
-from emloc.families.text import collate
+from emloc.families import Codec
 from emloc.lora import add_lora, save_adapter
 from emloc.settings import LoraSettings, TrainSettings
 from emloc.trainer import LoraTrainer, StepWatch, last_checkpoint, remove_checkpoints
@@ -27,7 +27,7 @@ def finetune(
     train: Sequence[Mapping[str, Any]],
     validation: Sequence[Mapping[str, Any]],
     *,
-    pad_token_id: int,
+    codec: Codec,
     lora: LoraSettings,
     settings: TrainSettings,
     base_name: str,
@@ -38,10 +38,11 @@ def finetune(
     """Train a LoRA on `model` where it is, and write the adapter to the folder `out`.
 
     Args:
-        model: an emulator or any other causal language model; it keeps the LoRA afterwards.
-        train: examples with `input_ids` and `labels` (-100 where nothing is to be learnt).
+        model: an emulator or any other language or vision-language model; it keeps the LoRA
+            afterwards.
+        train: examples as the codec gives them; a label of -100 is not learnt.
         validation: examples for the validation loss (a mean over labels); may be empty.
-        pad_token_id: fills up the shorter rows of a batch.
+        codec: makes batches of the examples.
         lora: the adapter's shape.
         settings: how to train.
         base_name: what the adapter shall name as its base: the original.
@@ -60,7 +61,7 @@ def finetune(
     """
     _check_rows("training", train, needed=True)
     _check_rows("validation", validation, needed=settings.eval_steps is not None)
-    device, use_cache = model.device, model.config.use_cache
+    device, use_cache = model.device, getattr(model.config, "use_cache", None)
     total = settings.total_steps(len(train))
     folder = Path(checkpoints)
     arguments = _arguments(settings, total, folder, device)
@@ -71,7 +72,7 @@ def finetune(
         arguments,
         train,
         validation,
-        collator=partial(collate, pad_token_id=pad_token_id, side="right"),
+        collator=partial(codec.collate, side="right"),
         by_length=settings.group_by_length,
         watch=watch,
     )
@@ -79,7 +80,8 @@ def finetune(
         trainer.train(resume_from_checkpoint=last_checkpoint(folder, total))
     finally:
         watch.close()
-        model.config.use_cache = use_cache
+        if use_cache is not None:
+            model.config.use_cache = use_cache
     save_adapter(adapted, out)
     remove_checkpoints(folder)
     return {
@@ -127,6 +129,7 @@ def _arguments(
         save_strategy="no",  # `StepWatch` decides when to save and validate
         remove_unused_columns=False,
         dataloader_pin_memory=device.type != "cpu",
+        dataloader_num_workers=settings.workers,
         disable_tqdm=True,
         report_to="none",
     )

@@ -1,10 +1,10 @@
-"""What a language model answers, and how likely it finds the right answers.
+"""What a language or vision-language model answers, and how likely it finds the right answers.
 
 - `generate_answers`: greedy answers, batched
 - `mean_loss`: mean negative log-likelihood of the labelled tokens
 
 Both take a plain model or one with LoRA, put it into eval mode meanwhile, and work with rows of
-like length together, padded on the left.
+like length together.
 
 Letters: B rows of a batch, T tokens of the longest row.
 """
@@ -19,14 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig
 
-from emloc.families.text import IGNORED, collate, prompt_ids, stop_ids
+from emloc.families import Codec
+from emloc.families.text import IGNORED, prompt_ids
 
 
 def generate_answers(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    codec: Codec,
     examples: Sequence[Mapping[str, Any]],
     *,
     batch_size: int,
@@ -35,14 +36,14 @@ def generate_answers(
 ) -> list[str]:
     """Greedy answers to the prompts of the examples, in their order.
 
-    An answer ends before the tokenizer's end token, the chat template's end of a turn, or an end
-    token of the checkpoint's generation config; nothing else of that config is used. Special tokens
-    and outer white space are left out.
+    Prompts are padded on the left. An answer ends before the tokenizer's end token, the chat
+    template's end of a turn, or an end token of the checkpoint's generation config; nothing else of
+    that config is used. Special tokens and outer white space are left out.
 
     Args:
-        model: a causal language model, on any device.
-        tokenizer: the one that encoded the examples.
-        examples: as `emloc.families.text.encode_rows` gives them.
+        model: a language or vision-language model, on any device.
+        codec: the one that encoded the examples.
+        examples: as the codec's `encode` gives them.
         batch_size: rows at once.
         max_new_tokens: the most tokens of an answer.
         progress: title of a progress bar; None for none.
@@ -52,7 +53,8 @@ def generate_answers(
     """
     _check_positive("max_new_tokens", max_new_tokens)
     base = _base_model(model)
-    stops = _all_stops(base, tokenizer)
+    tokenizer = codec.tokenizer
+    stops = _all_stops(base, codec)
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -60,11 +62,11 @@ def generate_answers(
         pad_token_id=stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
     )
-    prompts = [prompt_ids(example) for example in examples]
+    prompts = [{**example, "input_ids": prompt_ids(example)} for example in examples]
     answers = [""] * len(prompts)
     with _evaluating(model), _generation_config(base, settings):
-        for rows in _batches([len(prompt) for prompt in prompts], batch_size, progress):
-            inputs = _left_padded([prompts[row] for row in rows], settings.pad_token_id, base)
+        for rows in _batches(prompts, batch_size, progress):
+            inputs = _prompt_batch(codec, [prompts[row] for row in rows], base)
             output = base.generate(**inputs, generation_config=settings)
             said = output[:, inputs["input_ids"].shape[1] :].tolist()
             for row, ids in zip(rows, said, strict=True):
@@ -74,9 +76,9 @@ def generate_answers(
 
 def mean_loss(
     model: nn.Module,
+    codec: Codec,
     examples: Sequence[Mapping[str, Any]],
     *,
-    pad_token_id: int,
     batch_size: int,
     progress: str | None = None,
 ) -> float:
@@ -86,9 +88,9 @@ def mean_loss(
     (`logits_to_keep`); the log-softmax is in fp32.
 
     Args:
-        model: a causal language model, on any device.
-        examples: `input_ids` and `labels` (-100 where there is none).
-        pad_token_id: id to pad with; its value has no influence.
+        model: a language or vision-language model, on any device.
+        codec: makes batches of the examples, padded on the right.
+        examples: as the codec's `encode` gives them; a label of -100 does not count.
         batch_size: rows at once.
         progress: title of a progress bar; None for none.
 
@@ -98,9 +100,8 @@ def mean_loss(
     base = _base_model(model)
     total, count = 0.0, 0
     with _evaluating(model):
-        lengths = [len(example["input_ids"]) for example in examples]
-        for rows in _batches(lengths, batch_size, progress):
-            batch = collate([examples[row] for row in rows], pad_token_id=pad_token_id, side="left")
+        for rows in _batches(examples, batch_size, progress):
+            batch = codec.collate([examples[row] for row in rows], side="right")
             loss, tokens = _batch_loss(base, {k: v.to(base.device) for k, v in batch.items()})
             total, count = total + loss, count + tokens
     if not count:
@@ -116,15 +117,11 @@ def _batch_loss(model: Any, batch: dict[str, Tensor]) -> tuple[float, int]:
     if not len(columns):
         return 0.0, 0
     first = int(columns[0])
-    mask = batch["attention_mask"]
-    options = {
-        "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0),
-        "use_cache": False,
-        "logits_to_keep": mask.shape[1] - first,
-    }
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    options = {"use_cache": False, "logits_to_keep": batch["labels"].shape[1] - first}
     known = inspect.signature(model.forward).parameters
     options = {name: value for name, value in options.items() if name in known}
-    logits = model(input_ids=batch["input_ids"], attention_mask=mask, **options).logits
+    logits = model(**inputs, **options).logits
     kept = labels.shape[1] - first  # the last position predicts nothing
     labels, labelled = labels[:, -kept:], labelled[:, -kept:]
     chosen = logits[:, -kept - 1 : -1][labelled].float()  # (labelled tokens, vocabulary)
@@ -132,25 +129,27 @@ def _batch_loss(model: Any, batch: dict[str, Tensor]) -> tuple[float, int]:
     return float(loss), int(labelled.sum())
 
 
-def _left_padded(prompts: list[list[int]], pad_token_id: int, model: Any) -> dict[str, Tensor]:
-    """input_ids and attention_mask (B, T) of the prompts, on the model's device."""
-    rows = [{"input_ids": prompt, "labels": prompt} for prompt in prompts]
-    batch = collate(rows, pad_token_id=pad_token_id, side="left")
-    return {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+def _prompt_batch(
+    codec: Codec, prompts: Sequence[Mapping[str, Any]], model: Any
+) -> dict[str, Tensor]:
+    """A batch of prompts on the model's device, padded on the left."""
+    rows = [{**prompt, "labels": prompt["input_ids"]} for prompt in prompts]
+    batch = codec.collate(rows, side="left")
+    return {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: list[int]) -> str:
+def _text(tokenizer: Any, ids: list[int], stops: list[int]) -> str:
     """The text before the first stop token."""
     end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
     text = tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return str(text).strip()
 
 
-def _all_stops(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _all_stops(model: Any, codec: Codec) -> list[int]:
     """The tokenizer's stop tokens and those of the checkpoint's generation config."""
     own = getattr(model.generation_config, "eos_token_id", None)
     extra = own if isinstance(own, (list, tuple)) else [] if own is None else [own]
-    return list(dict.fromkeys([*stop_ids(tokenizer), *map(int, extra)]))
+    return list(dict.fromkeys([*codec.stop_ids, *map(int, extra)]))
 
 
 def _base_model(model: nn.Module) -> Any:
@@ -183,9 +182,12 @@ def _generation_config(model: Any, settings: GenerationConfig) -> Iterator[None]
         model.generation_config = own
 
 
-def _batches(lengths: list[int], batch_size: int, progress: str | None) -> Iterator[list[int]]:
+def _batches(
+    examples: Sequence[Mapping[str, Any]], batch_size: int, progress: str | None
+) -> Iterator[list[int]]:
     """Indices in batches of like length, the longest first so that memory runs out at once."""
     _check_positive("batch_size", batch_size)
+    lengths = [len(example["input_ids"]) for example in examples]
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     with tqdm(total=len(order), desc=progress, unit="row", disable=progress is None) as bar:
         for start in range(0, len(order), batch_size):

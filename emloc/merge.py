@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from emloc.families.text import load_tokenizer
+from emloc.checkpoint import copy_companions
 from emloc.files import read_json, writing
 from emloc.models import load_model
 
@@ -20,7 +20,7 @@ def merge_adapter(
     dtype: torch.dtype = torch.bfloat16,
     max_shard_size: str = "5GB",
 ) -> None:
-    """Write the original with its adapter folded in, and its tokenizer.
+    """Write the original with its adapter folded in, and its tokenizer and processor.
 
     The whole original is in CPU memory meanwhile.
 
@@ -49,4 +49,4 @@ def merge_adapter(
         ) from error
     with writing(out) as folder:
         merged.save_pretrained(folder, max_shard_size=max_shard_size)
-        load_tokenizer(model).save_pretrained(folder)
+        copy_companions(Path(model), folder)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,8 +20,16 @@ import torch
 from accelerate.hooks import remove_hook_from_module
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
+
+from emloc.files import read_json
 
 
 class Location(NamedTuple):
@@ -86,10 +95,16 @@ def quiet_libraries() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def sees_pictures(path: os.PathLike[str] | str) -> bool:
+    """Whether the checkpoint in a folder is a vision-language model's."""
+    model_type = read_json(Path(path) / "config.json").get("model_type")
+    return model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+
 def load_model(
     path: Path | str, *, dtype: torch.dtype, device: torch.device | str
 ) -> PreTrainedModel:
-    """Load a causal language model, an original or an emulator, in evaluation mode.
+    """Load a language or vision-language model, an original or an emulator, in evaluation mode.
 
     Raises:
         ValueError: the checkpoint cannot be loaded; the message says why.
@@ -98,7 +113,7 @@ def load_model(
 
 
 def open_model(path: Path | str, *, dtype: torch.dtype) -> OpenedModel:
-    """Open a causal language model, an original or an emulator, without reading its weights.
+    """Open a language or vision-language model, an original or an emulator, without its weights.
 
     transformers maps the names in the files to those of the model; this takes over the map.
 
@@ -129,7 +144,8 @@ def _from_pretrained(path: Path | str, dtype: torch.dtype, place: str) -> PreTra
     """transformers' own loader; what it raises becomes one sentence that names the checkpoint."""
     try:
         with quiet_libraries():
-            return AutoModelForCausalLM.from_pretrained(
+            kind = AutoModelForImageTextToText if sees_pictures(path) else AutoModelForCausalLM
+            return kind.from_pretrained(
                 path, dtype=dtype, device_map={"": place}, use_safetensors=True
             )
     except (OSError, RuntimeError, ValueError) as error:

@@ -13,11 +13,14 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from PIL import ExifTags, Image, ImageOps
 
-from emloc.data.rows import Row
 from emloc.files import writing
+
+if TYPE_CHECKING:
+    from emloc.data.rows import Row
 
 _TURNED = (5, 6, 7, 8)
 """EXIF orientations that swap width and height."""

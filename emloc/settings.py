@@ -163,6 +163,8 @@ class TrainSettings:
         log_steps: steps per row of the history.
         eval_steps: steps between two validations; None validates after the last step only.
         save_steps: steps between two checkpoints.
+        workers: processes that read pictures ahead; 0 reads them in between. The result is the
+            same.
         seed: of the LoRA's first weights, the order of the rows and the dropout.
 
     Raises:
@@ -185,6 +187,7 @@ class TrainSettings:
     log_steps: int = 10
     eval_steps: int | None = None
     save_steps: int = 100
+    workers: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -199,6 +202,7 @@ class TrainSettings:
         for name in ("batch_size", "accumulation", "log_steps", "save_steps"):
             value = getattr(self, name)
             require(is_whole(value, 1), name, value, "a whole number of at least 1")
+        require(is_whole(self.workers, 0), "workers", self.workers, "a whole number of at least 0")
         require(
             is_whole(self.seed, 0) and self.seed < 2**32, "seed", self.seed, "whole, 0 to 2^32-1"
         )

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
-from emloc.families.text import answer_of
+from emloc.families import Codec
 from emloc.files import read_jsonl, write_jsonl
 from emloc.generate import generate_answers, mean_loss
-from emloc.metrics import score
+from emloc.metrics import references_of, score
 from tasks import layout
 from tasks.encoding import encode
 from tasks.params import Params
@@ -18,7 +17,7 @@ from tasks.params import Params
 
 def score_answers(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    codec: Codec,
     params: Params,
     *,
     label: str,
@@ -27,10 +26,10 @@ def score_answers(
     """Metrics of greedy answers to the test rows; the answers go to a JSON Lines file."""
     settings = params.evaluate
     rows = read_jsonl(layout.rows("test"))
-    examples = encode("test", tokenizer, params)
+    examples = encode("test", codec, params)
     answers = generate_answers(
         model,
-        tokenizer,
+        codec,
         examples,
         batch_size=settings.batch_size,
         max_new_tokens=settings.max_new_tokens,
@@ -38,8 +37,8 @@ def score_answers(
     )
     loss = mean_loss(
         model,
+        codec,
         examples,
-        pad_token_id=tokenizer.pad_token_id,
         batch_size=settings.batch_size,
         progress=f"{label}: loss",
     )
@@ -47,4 +46,5 @@ def score_answers(
         predictions,
         ({**row, "prediction": answer} for row, answer in zip(rows, answers, strict=True)),
     )
-    return {**score(answers, [answer_of(row) for row in rows]), "loss": loss}
+    references = [references_of(row) for row in rows]
+    return {**score(answers, references, settings.metrics), "loss": loss}

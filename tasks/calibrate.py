@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from emloc.calibrate import calibrate
 from emloc.devices import pick_dtype
-from emloc.families.text import calibration_batches, load_tokenizer
+from emloc.families import calibration_batches
 from emloc.models import open_model
 from emloc.targets import select
 from tasks import layout
-from tasks.encoding import encode
+from tasks.encoding import codec_of, encode
 from tasks.original import find_original
 from tasks.params import Params
 from tasks.stage import costing, main
@@ -18,9 +18,9 @@ def run(params: Params) -> None:
     """One pass over the original, whatever the ratios are."""
     settings = params.calibrate
     path, _ = find_original(params)
-    tokenizer = load_tokenizer(path)
-    examples = encode("calibration", tokenizer, params) if settings.samples else []
-    inputs = calibration_batches(examples, settings.batch_size, pad_token_id=tokenizer.pad_token_id)
+    codec = codec_of(path, params)
+    examples = encode("calibration", codec, params) if settings.samples else []
+    inputs = calibration_batches(codec, examples, settings.batch_size)
     with costing(layout.RESULTS / "calibrate.cost.json", params) as device:
         opened = open_model(path, dtype=pick_dtype(params.model.dtype))
         calibrate(

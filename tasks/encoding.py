@@ -1,21 +1,23 @@
-"""The prepared rows as token ids, for the stages after `prepare`."""
+"""The prepared rows as a model's inputs, for the stages after `prepare`."""
 
 from __future__ import annotations
 
-from transformers import PreTrainedTokenizerBase
+from pathlib import Path
 
-from emloc.families.text import Example, encode_rows
+from emloc.families import Codec, load_codec
+from emloc.families.text import Example
 from emloc.files import read_jsonl
 from tasks import layout
 from tasks.params import Params
 
 
-def encode(split: str, tokenizer: PreTrainedTokenizerBase, params: Params) -> list[Example]:
+def codec_of(path: Path, params: Params, *, root: Path = layout.DATA) -> Codec:
+    """The codec of the checkpoint at `path`; pictures lie below `root`."""
+    data = params.data
+    return load_codec(path, chat_template=data.chat_template, root=root, pictures=data.pictures)
+
+
+def encode(split: str, codec: Codec, params: Params) -> list[Example]:
     """All rows of a split; `prepare` has left none that is too long."""
-    return encode_rows(
-        read_jsonl(layout.rows(split)),
-        tokenizer,
-        chat_template=params.data.chat_template,
-        max_length=params.data.max_length,
-        source=str(layout.rows(split)),
-    )
+    rows = layout.rows(split)
+    return codec.encode(read_jsonl(rows), max_length=params.data.max_length, source=str(rows))

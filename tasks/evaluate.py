@@ -5,11 +5,11 @@ from __future__ import annotations
 from peft import PeftModel
 
 from emloc.devices import pick_dtype
-from emloc.families.text import load_tokenizer
 from emloc.files import write_json
 from emloc.models import load_model
 from tasks import layout
 from tasks.answers import score_answers
+from tasks.encoding import codec_of
 from tasks.original import find_original
 from tasks.params import Params
 from tasks.stage import costing, main_with_ratio
@@ -18,7 +18,7 @@ from tasks.stage import costing, main_with_ratio
 def run(params: Params, ratio: float) -> None:
     """One model is in memory at a time."""
     path, _ = find_original(params)
-    tokenizer = load_tokenizer(path)
+    codec = codec_of(path, params)
     folder = layout.results(ratio)
     emulator = layout.emulator(ratio)
     places = {
@@ -33,7 +33,7 @@ def run(params: Params, ratio: float) -> None:
             model = load_model(base, dtype=pick_dtype(params.model.dtype), device=device)
             metrics[way] = score_answers(
                 PeftModel.from_pretrained(model, str(adapter)),
-                tokenizer,
+                codec,
                 params,
                 label=way,
                 predictions=folder / "predictions" / f"{way}.jsonl",

@@ -8,12 +8,11 @@ from pathlib import Path
 from filelock import FileLock
 
 from emloc.devices import pick_dtype
-from emloc.families.text import load_tokenizer
 from emloc.files import digest, write_json
 from emloc.finetune import finetune
 from emloc.models import load_model
 from tasks import layout
-from tasks.encoding import encode
+from tasks.encoding import codec_of, encode
 from tasks.params import Params
 from tasks.stage import costing
 from tasks.tables import write_csv
@@ -33,7 +32,7 @@ def fit(
         inputs: files whose content, with the settings, makes a checkpoint of this run reusable.
     """
     settings = params.train
-    tokenizer = load_tokenizer(model)
+    codec = codec_of(model, params)
     key = digest(asdict(settings), [*inputs, layout.rows("train"), layout.rows("validation")])
     checkpoints = layout.CHECKPOINTS / f"{results.name}-{key}"
     checkpoints.parent.mkdir(parents=True, exist_ok=True)
@@ -44,9 +43,9 @@ def fit(
     ):
         history = finetune(
             load_model(model, dtype=pick_dtype(settings.precision), device=device),
-            encode("train", tokenizer, params),
-            encode("validation", tokenizer, params) if params.data.validation else [],
-            pad_token_id=tokenizer.pad_token_id,
+            encode("train", codec, params),
+            encode("validation", codec, params) if params.data.validation else [],
+            codec=codec,
             lora=settings.lora,
             settings=settings,
             base_name=base_name,

@@ -13,6 +13,8 @@ CHECKPOINTS = Path(os.environ.get("EMLOC_CHECKPOINTS", ".emloc/checkpoints"))
 ARTIFACTS, RESULTS, REPORT = Path("artifacts"), Path("results"), Path("report")
 
 POINTER = ARTIFACTS / "model.json"
+DATA = ARTIFACTS / "data"
+PICTURES = DATA / "images"
 FACTORS = ARTIFACTS / "factors"
 DIRECT_ADAPTER = ARTIFACTS / "adapters" / "direct"
 PREPARED = RESULTS / "prepare.json"
@@ -24,7 +26,7 @@ WAYS = ("emulator-raw", "original-raw", "original-corrected")
 
 def rows(split: str) -> Path:
     """A split of the data: train, validation, test or calibration."""
-    return ARTIFACTS / "data" / f"{split}.jsonl"
+    return DATA / f"{split}.jsonl"
 
 
 def emulator(ratio: float) -> Path:

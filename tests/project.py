@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from tests.tiny import save_tiny
+from tests.tiny_vision import save_picture, save_tiny_vision
 
 ROOT = Path(__file__).parent.parent
 COPIED = (
@@ -63,8 +64,8 @@ def tiny_params(model: Path, data: Path) -> dict[str, Any]:
     return params
 
 
-def make_project(folder: Path, name: str = "llama", **model: Any) -> dict[str, Any]:
-    """Copy the project's code to `folder`, beside a tiny model and rows; returns its params."""
+def copy_code(folder: Path) -> None:
+    """Copy the project to `folder`, without its params.yaml."""
     for path in COPIED:
         source, target = ROOT / path, folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -72,12 +73,49 @@ def make_project(folder: Path, name: str = "llama", **model: Any) -> dict[str, A
             shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copyfile(source, target)
+
+
+def make_project(folder: Path, name: str = "llama", **model: Any) -> dict[str, Any]:
+    """Copy the project's code to `folder`, beside a tiny model and rows; returns its params."""
+    copy_code(folder)
     inputs = folder.parent / f"{folder.name}-inputs"
     save_tiny(name, inputs / "model", **model)
     write_rows(inputs / "rows.jsonl")
     params = tiny_params(inputs / "model", inputs / "rows.jsonl")
     write_params(folder, params)
     return params
+
+
+def make_vision_project(folder: Path, family: str = "internvl-llama") -> dict[str, Any]:
+    """The same with a tiny vision-language model, and pictures in InternVL's format."""
+    copy_code(folder)
+    inputs = folder.parent / f"{folder.name}-inputs"
+    save_tiny_vision(family, inputs / "model")
+    write_pictures(inputs)
+    params = tiny_params(inputs / "model", inputs / "meta.json")
+    params["data"] |= {"format": "internvl", "max_length": 2000}
+    params["evaluate"]["metrics"] = ["vqa_accuracy", "exact_match"]
+    params["calibrate"]["targets"] = [r".*layers?\.\d+\..*"]
+    params["compress"]["targets"] = {".*": "ratio"}
+    write_params(folder, params)
+    return params
+
+
+def write_pictures(folder: Path, count: int = 44) -> None:
+    """Questions about pictures of several sizes, as InternVL's meta JSON and JSON Lines."""
+    (folder / "images").mkdir()
+    lines = []
+    for number in range(count):
+        size = [(28, 28), (60, 30), (30, 60)][number % 3]
+        save_picture(folder / f"images/{number}.png", *size, seed=number)
+        talk = [("human", f"<image>\nWhat is {number}?"), ("gpt", "abcdefgh"[number % 8] * 3)]
+        turns = [{"from": speaker, "value": text} for speaker, text in talk]
+        line = {"id": number, "image": f"{number}.png", "conversations": turns}
+        lines.append(line | {"answers": [turns[1]["value"]] * 10})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    meta = {"root": str(folder / "images"), "annotation": str(folder / "rows.jsonl")}
+    meta |= {"data_augment": False, "repeat_time": 1, "length": count}
+    (folder / "meta.json").write_text(json.dumps({"tiny": meta}))
 
 
 def write_params(folder: Path, params: dict[str, Any]) -> None:

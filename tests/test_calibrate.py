@@ -44,7 +44,7 @@ def run(
 def streamed_moments(opened: OpenedModel, batches: list[dict[str, Tensor]]) -> dict[str, Any]:
     stream = Stream(opened, "cpu")
     linears = select(opened.model, BLOCKS, where="targets")
-    moments = Moments(linears, lambda: batches[stream.current]["attention_mask"])
+    moments = Moments(linears, lambda _: batches[stream.current]["attention_mask"])
     taken: dict[str, Any] = {}
 
     def take(unit: str, _: nn.Module) -> None:
@@ -59,7 +59,7 @@ def streamed_moments(opened: OpenedModel, batches: list[dict[str, Tensor]]) -> d
 def plain_moments(model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> dict[str, Any]:
     running: dict[str, Tensor] = {}
     linears = select(model, BLOCKS, where="targets")
-    moments = Moments(linears, lambda: running["attention_mask"])
+    moments = Moments(linears, lambda _: running["attention_mask"])
     with moments.hooked(), torch.no_grad():
         for batch in batches:
             running = batch

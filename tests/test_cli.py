@@ -12,11 +12,13 @@ from peft import PeftModel
 from typer.testing import CliRunner
 
 from emloc.__main__ import app
+from emloc.files import read_jsonl
 from emloc.models import load_model
-from tests.project import ROOT, write_rows
+from tests.project import ROOT, write_pictures, write_rows
 from tests.tiny import save_tiny
+from tests.tiny_vision import save_tiny_vision
 
-COMMANDS = ("calibrate", "compress", "train", "correct", "merge", "convert", "generate")
+COMMANDS = ("calibrate", "compress", "train", "correct", "merge", "convert", "generate", "evaluate")
 
 
 def emloc(line: str) -> str:
@@ -61,6 +63,35 @@ def test_generate_answers_each_prompt(folder: Path) -> None:
     said = emloc(f"generate {folder}/model --adapter {folder}/corrected {asked}")
     assert said == emloc(f"generate {folder}/merged {asked}")
     assert said.count("\n") >= 2
+
+
+def test_evaluate_writes_answers_and_prints_the_score(folder: Path) -> None:
+    line = f"evaluate {folder}/model --data {folder}/rows.jsonl --dtype float32 --batch-size 8"
+    options = "--max-new-tokens 4 --metric anls --metric exact_match"
+    said = emloc(f"{line} {options} --adapter {folder}/corrected --out {folder}/answers.jsonl")
+    rows = read_jsonl(folder / "answers.jsonl")
+    assert len(rows) == 60 and all("prediction" in row for row in rows)
+    expected = sum(row["prediction"] == row["answer"] for row in rows) / 60
+    assert f"exact_match: {expected:.4f}" in said and "anls: 0." in said
+
+
+def test_the_commands_take_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at = tmp_path
+    monkeypatch.setenv("EMLOC_CACHE", str(at / "cache"))
+    save_tiny_vision("internvl-llama", at / "model")
+    write_pictures(at, 8)
+    data = f"--data {at}/meta.json --format internvl --max-patches 2"
+    emloc(f"calibrate {at}/model {data} --samples 4 --target .*layer.* --out {at}/factors")
+    emloc(f"compress {at}/model --factors {at}/factors --ratio 0.5 --out {at}/emulator")
+    emloc(f"train {at}/emulator {data} --steps 2 --precision float32 --out {at}/raw")
+    emloc(f"correct {at}/raw --model {at}/model --emulator {at}/emulator --out {at}/corrected")
+    emloc(f"merge {at}/corrected --model {at}/model --dtype float32 --out {at}/merged")
+    options = "--dtype float32 --max-new-tokens 5 --metric vqa_accuracy"
+    said = emloc(f"evaluate {at}/merged {data} {options} --out {at}/answers.jsonl")
+    assert "vqa_accuracy: " in said
+    asked = f"--prompt What? --image {at}/images/1.png --max-new-tokens 5 --dtype float32"
+    plugged = emloc(f"generate {at}/model --adapter {at}/corrected {asked}")
+    assert plugged == emloc(f"generate {at}/merged {asked}")
 
 
 def test_merging_into_an_emulator_is_refused(folder: Path) -> None:

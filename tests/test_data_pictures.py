@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from emloc.data import pictures_of, read_rows
+from emloc.data import read_rows
+from emloc.pictures import pictures_of
 from tests.test_pictures import save_picture
 
 QUESTION = {"type": "text", "text": "What is it?"}

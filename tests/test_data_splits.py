@@ -11,15 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emloc.data import (
-    FORMATS,
-    SPLITS,
-    check_picture,
-    pictures_of,
-    read_data,
-    read_rows,
-    split_rows,
-)
+from emloc.data import FORMATS, SPLITS, read_data, read_rows, split_rows
+from emloc.pictures import check_picture, pictures_of
 from tests.test_pictures import asking, save_picture
 
 

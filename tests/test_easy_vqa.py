@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from emloc.data import easy_vqa_rows, pictures_of, read_data
+from emloc.data import easy_vqa_rows, read_data
+from emloc.pictures import pictures_of
 from tests.test_pictures import save_picture
 
 ENTRIES = [

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from emloc.data import internvl_rows, pictures_of
+from emloc.data import internvl_rows
+from emloc.pictures import pictures_of
 from tests.test_pictures import save_picture
 
 ASK = {"from": "human", "value": "<image>\nWhat is it?"}
@@ -148,7 +149,7 @@ def test_what_is_not_done_is_said_once(tmp_path: Path, caplog: pytest.LogCapture
         internvl_rows(meta)
     augment, patches, length = (record.getMessage() for record in caplog.records)
     assert "data set 'cats' has data_augment on, but pictures are not augmented" in augment
-    assert "has max_dynamic_patch, which is not read: set data.max_patches" in patches
+    assert "has max_dynamic_patch, which is not read: set data.pictures" in patches
     assert "has the length 9, but 3 lines" in length
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, features
 from transformers.image_utils import load_image
 
-from emloc.data import (
+from emloc.pictures import (
     below,
     check_picture,
     load_picture,

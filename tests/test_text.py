@@ -11,12 +11,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from emloc.families.text import (
-    answer_of,
-    collate,
-    encode_rows,
+    TextCodec,
     load_tokenizer,
     prompt_ids,
-    stop_ids,
 )
 from tests.tiny import CHATML, save_tiny, tiny_config, tiny_tokenizer
 
@@ -58,7 +55,7 @@ SHOUTING = CHATML.replace("message['content']", "message['content'] | replace('o
 
 
 def encode(row: dict[str, Any], tokenizer: PreTrainedTokenizerFast, **options: Any) -> Any:
-    (example,) = encode_rows([row], tokenizer, **{"max_length": 999, "source": "s", **options})
+    (example,) = TextCodec(tokenizer, **options).encode([row], max_length=999, source="s")
     assert len(example["input_ids"]) == len(example["labels"])
     pairs = zip(example["input_ids"], example["labels"], strict=True)
     assert all(label in (token, -100) for token, label in pairs)
@@ -180,34 +177,29 @@ def test_rows_that_a_template_does_not_fit_raise(
 
 
 def test_long_row_raises_or_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
-    tokenizer = tiny_tokenizer(chat_template=None)
+    codec = TextCodec(tiny_tokenizer(chat_template=None))
     rows = [PAIR, {"prompt": "x" * 50, "answer": "y"}, PAIR]
     with pytest.raises(ValueError, match="data.jsonl: row 2 has 52 tokens, but max_length is 51"):
-        encode_rows(rows, tokenizer, max_length=51, source="data.jsonl")
-    assert len(encode_rows(rows, tokenizer, max_length=52, source="data.jsonl")) == 3
+        codec.encode(rows, max_length=51, source="data.jsonl")
+    assert len(codec.encode(rows, max_length=52, source="data.jsonl")) == 3
     with caplog.at_level(logging.WARNING):
-        kept = encode_rows(rows, tokenizer, max_length=51, skip_long=True, source="data.jsonl")
+        kept = codec.encode(rows, max_length=51, skip_long=True, source="data.jsonl")
     assert [example["row"] for example in kept] == [0, 2]
     assert "data.jsonl: left out 1 rows over 51 tokens" in caplog.text
     with pytest.raises(ValueError, match="none of 3 rows has at most 5 tokens"):
-        encode_rows(rows, tokenizer, max_length=5, skip_long=True, source="data.jsonl")
-
-
-def test_answer_of_both_forms() -> None:
-    assert answer_of(PAIR) == "the"
-    assert answer_of(TALK) == "dos"
+        codec.encode(rows, max_length=5, skip_long=True, source="data.jsonl")
 
 
 def test_stop_ids_hold_the_end_token_and_the_templates_end_of_turn() -> None:
     tokenizer = tiny_tokenizer()
-    assert stop_ids(tokenizer) == [2]
+    assert TextCodec(tokenizer).stop_ids == [2]
     tokenizer.eos_token = "<|pad|>"
-    assert stop_ids(tokenizer) == [0, 2]
-    assert stop_ids(tiny_tokenizer(chat_template=NO_END)) == [2]
+    assert TextCodec(tokenizer).stop_ids == [0, 2]
+    assert TextCodec(tiny_tokenizer(chat_template=NO_END)).stop_ids == [2]
     bare = tiny_tokenizer(chat_template=None)
     bare.eos_token = None
     with pytest.raises(ValueError, match="has no end token"):
-        stop_ids(bare)
+        TextCodec(bare)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -216,7 +208,9 @@ def test_collate_pads_one_side_and_hides_padding(side: Any) -> None:
         {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "row": 4},
         {"input_ids": [8], "labels": [8], "row": 5},
     ]
-    batch = collate(rows, pad_token_id=9, side=side)
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token_id = 9
+    batch = TextCodec(tokenizer).collate(rows, side=side)
     assert set(batch) == {"input_ids", "attention_mask", "labels"}
     assert all(value.dtype == torch.int64 and value.shape == (2, 3) for value in batch.values())
     shown = batch["attention_mask"].bool()
@@ -231,7 +225,7 @@ def test_collate_pads_one_side_and_hides_padding(side: Any) -> None:
 def test_collate_refuses_another_side() -> None:
     wrong: Any = "middle"
     with pytest.raises(ValueError, match="side is 'middle'"):
-        collate([{"input_ids": [1], "labels": [1]}], pad_token_id=0, side=wrong)
+        TextCodec(tiny_tokenizer()).collate([{"input_ids": [1], "labels": [1]}], side=wrong)
 
 
 def test_loaded_tokenizer_has_a_pad_token(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from emloc.families.text import load_tokenizer
+from emloc.families import load_codec
 from emloc.models import load_model
 from tasks.answers import score_answers
 from tasks.params import load_params
@@ -108,7 +108,7 @@ def test_downloaded_adapters_score_as_recorded_on_the_original(
         model = load_model(Path(original), dtype=torch.float32, device="cpu")
         scores = score_answers(
             PeftModel.from_pretrained(model, adapter),
-            load_tokenizer(Path(original)),
+            load_codec(Path(original)),
             load_params(),
             label=kind,
             predictions=tmp_path / f"{kind}.jsonl",

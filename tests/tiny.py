@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -109,23 +110,29 @@ def tiny_config(name: str, **overrides: Any) -> PreTrainedConfig:
     return kind(**{**fields, **overrides})
 
 
-def tiny_model(
-    name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
-) -> PreTrainedModel:
-    """A tiny model in eval mode, with weights that keep activations near unit size.
+def draw_weights(model: nn.Module, seed: int, spread: float = 0.1) -> None:
+    """Draw weights that keep activations near unit size.
 
     The library's own initialisation (0.02) would make a narrow model almost linear and its biases
-    zero. Here matrices have a spread of 1/sqrt(last dim), and biases and norms are not at rest.
+    zero. Here matrices have a spread of 1/sqrt(last dim), and biases and norms are not at rest, but
+    `spread` away from it.
     """
     generator = torch.Generator().manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(name, **overrides), dtype=torch.float32)
     with torch.no_grad():
         for _, parameter in sorted(model.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim > 1:
                 parameter.copy_(noise * parameter.shape[-1] ** -0.5)
             else:
-                parameter.add_(0.1 * noise)
+                parameter.add_(spread * noise)
+
+
+def tiny_model(
+    name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> PreTrainedModel:
+    """A tiny model in eval mode, with weights that keep activations near unit size."""
+    model = AutoModelForCausalLM.from_config(tiny_config(name, **overrides), dtype=torch.float32)
+    draw_weights(model, seed)
     return model.to(dtype).eval()
 
 

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from emloc.families.text import TextCodec
 from emloc.finetune import finetune
 from emloc.lowrank import EmlocConfig, LowRankLinear, replace_linears
 from emloc.settings import LoraSettings, TrainSettings
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_tokenizer
 
 Row = dict[str, list[int]]
 
@@ -45,7 +46,7 @@ def train(model: PreTrainedModel, folder: Path, **changes: Any) -> dict[str, Any
         model,
         rows,
         validation,
-        pad_token_id=0,
+        codec=TextCodec(tiny_tokenizer()),
         lora=lora,
         settings=TrainSettings(**{**settings, **changes}),
         base_name=base_name,

@@ -1,7 +1,6 @@
-"""Formats in: files that hold training data, as lists of rows, their pictures and their splits.
+"""Formats in: files that hold training data, as lists of rows, and their seeded splits.
 
-`read_data` reads any of the formats, `split_rows` cuts seeded splits, `store_pictures` copies
-their pictures; `Row` says what a row is.
+`read_data` reads any of the formats, `split_rows` cuts the splits; `Row` says what a row is.
 """
 
 from __future__ import annotations
@@ -14,14 +13,6 @@ from emloc.data.codespell import codespell_rows
 from emloc.data.easy_vqa import easy_vqa_rows
 from emloc.data.internvl import internvl_rows
 from emloc.data.jsonl import read_rows
-from emloc.data.pictures import (
-    below,
-    check_picture,
-    load_picture,
-    pictures_of,
-    store_pictures,
-    with_pictures,
-)
 from emloc.data.rows import Row
 from emloc.data.splits import SPLITS, split_rows
 
@@ -29,18 +20,12 @@ __all__ = [
     "FORMATS",
     "SPLITS",
     "Row",
-    "below",
-    "check_picture",
     "codespell_rows",
     "easy_vqa_rows",
     "internvl_rows",
-    "load_picture",
-    "pictures_of",
     "read_data",
     "read_rows",
     "split_rows",
-    "store_pictures",
-    "with_pictures",
 ]
 
 _READERS: dict[str, Callable[..., list[Row]]] = {

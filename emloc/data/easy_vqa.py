@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from emloc.data.parts import image_part, text_part
-from emloc.data.pictures import below
 from emloc.data.rows import Row, check_text, kind
 from emloc.files import read_json
+from emloc.pictures import below
 
 SUBSETS = ("yes-no", "open")
 

@@ -109,7 +109,7 @@ def _warn(entry: dict[str, Any], lines: int, where: str) -> None:
     if entry.get("data_augment"):
         _log.warning("%s has data_augment on, but pictures are not augmented here", where)
     if entry.get("max_dynamic_patch") is not None:
-        _log.warning("%s has max_dynamic_patch, which is not read: set data.max_patches", where)
+        _log.warning("%s has max_dynamic_patch, which is not read: set data.pictures", where)
     if entry.get("length") not in (None, lines):
         _log.warning("%s has the length %s, but %d lines", where, entry["length"], lines)
 

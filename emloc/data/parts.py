@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from emloc.data.pictures import below
 from emloc.data.rows import check_text, kind
+from emloc.pictures import below
 
 MARK = "<image>"
 Part = dict[str, str]

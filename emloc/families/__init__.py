@@ -1,1 +1,61 @@
-"""The only code that knows a family of models: how its data becomes model inputs."""
+"""What a model family needs to turn rows into inputs; the rest of the library knows no family.
+
+- `load_codec`: the codec of a checkpoint, by its config
+- `calibration_batches`: examples as arguments of a model's forward
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from emloc.families.text import TextCodec, load_tokenizer
+from emloc.families.vision import VisionCodec, load_processor
+from emloc.models import sees_pictures
+
+Codec = TextCodec
+"""`TextCodec`, or `VisionCodec`, which is one."""
+
+
+def load_codec(
+    path: str | os.PathLike[str],
+    *,
+    chat_template: bool | None = None,
+    root: str | os.PathLike[str] = ".",
+    pictures: Mapping[str, Any] | None = None,
+) -> Codec:
+    """The codec for a checkpoint's folder.
+
+    Args:
+        chat_template: whether to use the checkpoint's; None means if it has one.
+        root: the folder that relative paths of pictures start from.
+        pictures: settings of the image processor that replace its own.
+
+    Raises:
+        ValueError: the folder lacks a tokenizer or a processor, or has no use for a setting.
+    """
+    if sees_pictures(path):
+        processor = load_processor(path)
+        return VisionCodec(processor, chat_template=chat_template, root=root, pictures=pictures)
+    for name, value in (pictures or {}).items():
+        raise ValueError(
+            f"data.pictures sets {name} to {value!r}, but a language model sees none: leave it out."
+        )
+    return TextCodec(load_tokenizer(path), chat_template=chat_template)
+
+
+def calibration_batches(
+    codec: Codec, examples: Sequence[Mapping[str, Any]], batch_size: int
+) -> list[dict[str, Any]]:
+    """Keyword arguments of a model's forward for consecutive groups of examples, without a cache.
+
+    Each has `input_ids` and `attention_mask` (B, T) int64, and what else the codec's `collate`
+    gives but the labels.
+    """
+    batches = []
+    for start in range(0, len(examples), batch_size):
+        batch = codec.collate(examples[start : start + batch_size], side="right")
+        del batch["labels"]
+        batches.append({**batch, "use_cache": False})
+    return batches

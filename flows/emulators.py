@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 POINTER = "artifacts/model.json"
-ROWS = "artifacts/data/calibration.jsonl"
+ROWS = "artifacts/data/calibration"
 FACTORS = "artifacts/factors"
 EMULATORS = "artifacts/emulators/"
 

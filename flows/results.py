@@ -33,7 +33,6 @@ _PLAIN_KEY = re.compile(r"[\w-]+")
 # What each stage's own folder is.
 _FOLDERS = {
     "pretrain": "pretrained",
-    "prepare": "data.images",
     "calibrate": "factors",
     "compress": "emulator",
     "train": "adapter.raw",
@@ -237,10 +236,11 @@ def _collect(out: Any, kind: str, results: Results) -> None:
         for column, points in read_curve(path).items():
             results.curves[f"{kind}/curve/{column}"] = points
     elif value.endswith(".dir"):
-        results.hashes[_FOLDERS[kind]] = value
-        results.folders[_FOLDERS[kind]] = path
+        name = f"data.{path.name}" if kind == "prepare" else _FOLDERS[kind]
+        results.hashes[name] = value
+        results.folders[name] = path
     else:
-        results.hashes[f"data.{path.stem}" if path.suffix == ".jsonl" else path.stem] = value
+        results.hashes[path.stem] = value
 
 
 def _add_cost(path: Path, kind: str, results: Results) -> None:

@@ -14,7 +14,6 @@ ARTIFACTS, RESULTS, REPORT = Path("artifacts"), Path("results"), Path("report")
 
 POINTER = ARTIFACTS / "model.json"
 DATA = ARTIFACTS / "data"
-PICTURES = DATA / "images"
 FACTORS = ARTIFACTS / "factors"
 DIRECT_ADAPTER = ARTIFACTS / "adapters" / "direct"
 PREPARED = RESULTS / "prepare.json"
@@ -25,8 +24,8 @@ WAYS = ("emulator-raw", "original-raw", "original-corrected")
 
 
 def rows(split: str) -> Path:
-    """A split of the data: train, validation, test or calibration."""
-    return DATA / f"{split}.jsonl"
+    """A split of the data: train, validation, test or calibration; its pictures lie beside it."""
+    return DATA / split / "rows.jsonl"
 
 
 def emulator(ratio: float) -> Path:

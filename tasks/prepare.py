@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from pathlib import Path
 
 from emloc.data import Row, read_data, split_rows
 from emloc.families import Codec
-from emloc.files import write_json, write_jsonl
+from emloc.files import write_json, write_jsonl, writing
 from emloc.pictures import load_picture, pictures_of, store_pictures
 from emloc.pypi import fetch_pypi
 from emloc.source import describe, resolve_model
@@ -116,9 +115,10 @@ def run(params: Params) -> None:
             "training rows to draw from: lower it or raise data.train."
         )
     splits["calibration"] = distinct[: params.calibrate.samples]
-    shutil.rmtree(layout.PICTURES, ignore_errors=True)
     for name, members in splits.items():
-        write_jsonl(layout.rows(name), store_pictures(members, layout.PICTURES))
+        rows = layout.rows(name)
+        with writing(rows.parent) as folder:
+            write_jsonl(folder / rows.name, store_pictures(members, folder))
     write_json(layout.POINTER, describe(model.source, path, revision=model.revision))
     counts = {name: len(members) for name, members in splits.items()}
     left_out = {name: chooser.left_out[name] for name in ("too_long", "unreadable")}

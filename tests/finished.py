@@ -32,8 +32,6 @@ def write_out(path: Path, kind: str, seed: int) -> None:
         path.write_text(f"step,loss,eval_loss\n10,{seed}.5,\n20,{seed}.25,0.125\n")
     elif path.suffix == ".csv":
         path.write_text("name,loss\nlayer,1\n")
-    elif path.suffix == ".jsonl":
-        path.write_text(json.dumps(ROW) + "\n")
     else:
         path.mkdir()
         _fill(path, kind, seed)
@@ -66,7 +64,8 @@ def _fill(folder: Path, kind: str, seed: int) -> None:
         (folder / "report.md").write_text(f"# EMLoC report {seed}\n\n|table|\n\n## Pictures\n")
         (folder / "quality.png").write_bytes(b"\x89PNG")
         (folder / "predictions.html").write_text("<!doctype html>")
-    elif folder.name == "images":
+    elif kind == "prepare":
+        (folder / "rows.jsonl").write_text(json.dumps(ROW) + "\n")
         Image.new("RGB", (4, 4)).save(folder / "black.png")
     else:
         (folder / "adapter_model.safetensors").write_bytes(bytes([seed]) * 9)

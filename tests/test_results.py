@@ -136,8 +136,7 @@ def test_a_branch_is_what_its_files_and_dvc_lock_say(project: Path) -> None:
     outs = {out["path"]: out["md5"] for entry in read_lock().values() for out in entry["outs"]}
     assert branch.hashes["emulator"] == outs["artifacts/emulators/0.5"]
     assert branch.hashes["adapter.corrected"] == outs["artifacts/adapters/0.5/corrected"]
-    assert branch.hashes["data.test"] == outs["artifacts/data/test.jsonl"]
-    assert branch.hashes["data.images"] == outs["artifacts/data/images"]
+    assert branch.hashes["data.test"] == outs["artifacts/data/test"]
     assert branch.machine == {"device": "cpu", "cpu": "a processor"}
 
 

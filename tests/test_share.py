@@ -106,7 +106,7 @@ class Project:
 def share_path(name: str) -> str:
     return {
         "pointer": "artifacts/model.json",
-        "rows": "artifacts/data/calibration.jsonl",
+        "rows": "artifacts/data/calibration",
         "factors": "artifacts/factors",
     }[name]
 

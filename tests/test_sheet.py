@@ -27,7 +27,7 @@ from tests.project import ROOT
 from tests.shell import dvc
 
 EVIL = "<script>alert('x')</script> & \"<b>\""
-IMAGE = {"type": "image", "image": "images/black.png"}
+IMAGE = {"type": "image", "image": "test/black.png"}
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_rows_are_spread_evenly(total: int, count: int) -> None:
 
 
 def test_a_sheet_needs_nothing_from_outside(project: Path) -> None:
-    write_predictions([asking("red?", "images/black.png")], lambda way, _: way)
+    write_predictions([asking("red?", "test/black.png")], lambda way, _: way)
     report.run(load_params())
     text = (project / "report/predictions.html").read_text()
     page = Page(text)
@@ -139,8 +139,8 @@ def test_texts_are_shown_as_they_are_and_never_as_html(project: Path) -> None:
 
 
 def test_pictures_are_downscaled_and_small_ones_kept(project: Path) -> None:
-    Image.new("RGB", (2000, 500), "red").save("artifacts/data/images/wide.png")
-    names = ["images/wide.png", "images/black.png"]
+    Image.new("RGB", (2000, 500), "red").save("artifacts/data/test/wide.png")
+    names = ["test/wide.png", "test/black.png"]
     page = write_sheet([asking("which?", *names)], lambda *_: "yes")
     wide, black = (decoded(image["src"]) for image in page.of("img"))
     assert (wide.size, black.size) == ((sheet.SIDE, sheet.SIDE // 4), (4, 4))
@@ -149,7 +149,7 @@ def test_pictures_are_downscaled_and_small_ones_kept(project: Path) -> None:
 
 
 def test_pictures_beyond_the_fourth_are_counted(project: Path) -> None:
-    page = write_sheet([asking("how many?", *["images/black.png"] * 6)], lambda *_: "yes")
+    page = write_sheet([asking("how many?", *["test/black.png"] * 6)], lambda *_: "yes")
     assert len(page.of("img")) == sheet.PICTURES == 4
     assert "and 2 more" in page.shown
 
@@ -211,7 +211,7 @@ def test_turns_are_told_apart(project: Path) -> None:
 
 
 def test_a_report_is_the_same_each_time(project: Path) -> None:
-    write_predictions([asking("red?", "images/black.png")], lambda way, _: way)
+    write_predictions([asking("red?", "test/black.png")], lambda way, _: way)
     contents = []
     for _ in range(2):
         report.run(load_params())
@@ -221,9 +221,9 @@ def test_a_report_is_the_same_each_time(project: Path) -> None:
 
 
 def test_a_picture_that_is_gone_is_named_and_no_report_is_left(project: Path) -> None:
-    write_predictions([asking("red?", "images/gone.png")], lambda way, _: way)
+    write_predictions([asking("red?", "test/gone.png")], lambda way, _: way)
     before = {file.name: file.read_bytes() for file in Path("report").iterdir()}
-    with pytest.raises(ValueError, match="images/gone.png"):
+    with pytest.raises(ValueError, match="test/gone.png"):
         report.run(load_params())
     assert {file.name: file.read_bytes() for file in Path("report").iterdir()} == before
 

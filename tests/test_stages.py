@@ -65,7 +65,9 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[s
 
 def test_splits_are_disjoint_and_calibration_rows_come_from_train(finished: Path) -> None:
     splits = {
-        name: [json.dumps(row) for row in read_jsonl(finished / f"artifacts/data/{name}.jsonl")]
+        name: [
+            json.dumps(row) for row in read_jsonl(finished / f"artifacts/data/{name}/rows.jsonl")
+        ]
         for name in ("train", "validation", "test", "calibration")
     }
     assert [len(rows) for rows in splits.values()] == [30, 4, 6, 8]
@@ -89,7 +91,7 @@ def test_emulators_shrink_with_the_ratio_and_lose_more(finished: Path) -> None:
 
 
 def test_every_way_is_scored_on_the_same_rows(finished: Path) -> None:
-    test = [row["answer"] for row in read_jsonl(finished / "artifacts/data/test.jsonl")]
+    test = [row["answer"] for row in read_jsonl(finished / "artifacts/data/test/rows.jsonl")]
     for ratio in ("0.8", "0.5"):
         metrics = read_json(finished / f"results/{ratio}/evaluate.json")
         assert set(metrics) == {"emulator-raw", "original-raw", "original-corrected"}

@@ -16,6 +16,8 @@ from tasks.params import load_params
 from tests.project import make_vision_project, write_params
 from tests.tiny_vision import save_picture
 
+SPLITS = ("train", "validation", "test", "calibration")
+
 
 def run_stage(name: str, *arguments: Any) -> None:
     importlib.import_module(f"tasks.{name}").run(load_params(), *arguments)
@@ -42,8 +44,14 @@ def inputs(folder: Path) -> Path:
 
 
 def picture_names(split: str) -> list[str]:
-    rows = read_jsonl(Path(f"artifacts/data/{split}.jsonl"))
+    rows = read_jsonl(Path(f"artifacts/data/{split}/rows.jsonl"))
     return [row["messages"][0]["content"][0]["image"] for row in rows]
+
+
+def stored(*splits: str) -> set[Path]:
+    """The pictures of some splits."""
+    folders = (Path("artifacts/data") / split for split in splits or SPLITS)
+    return {path for folder in folders for path in folder.iterdir() if path.suffix != ".jsonl"}
 
 
 def test_every_stage_runs_and_scores_with_the_task_s_metrics(
@@ -67,13 +75,13 @@ def test_every_stage_runs_and_scores_with_the_task_s_metrics(
 def test_pictures_of_the_chosen_rows_are_kept_by_content(project: Callable[..., Path]) -> None:
     folder = project()
     run_stage("prepare")
-    kept = {path.name for path in Path("artifacts/data/images").iterdir()}
-    named = [*picture_names("train"), *picture_names("validation"), *picture_names("test")]
-    assert {Path(name).name for name in named} == kept and len(kept) == 40
-    for path in Path("artifacts/data/images").iterdir():
+    named = {name for split in SPLITS for name in picture_names(split)}
+    assert {path.relative_to("artifacts/data").as_posix() for path in stored()} == named
+    assert len(stored("train", "validation", "test")) == 40
+    for path in stored():
         assert hashlib.sha256(path.read_bytes()).hexdigest().startswith(path.stem)
-    for split in ("train", "calibration"):
-        assert str(folder.parent) not in Path(f"artifacts/data/{split}.jsonl").read_text()
+    for split in SPLITS:
+        assert str(folder.parent) not in Path(f"artifacts/data/{split}/rows.jsonl").read_text()
 
 
 def test_the_same_rows_at_another_place_give_the_same_bytes(
@@ -81,12 +89,12 @@ def test_the_same_rows_at_another_place_give_the_same_bytes(
 ) -> None:
     project()
     run_stage("prepare")
-    first = Path("artifacts/data/train.jsonl").read_bytes()
+    first = Path("artifacts/data/train/rows.jsonl").read_bytes()
     other = tmp_path / "elsewhere" / "project"
     make_vision_project(other)
     monkeypatch.chdir(other)
     run_stage("prepare")
-    assert Path("artifacts/data/train.jsonl").read_bytes() == first
+    assert Path("artifacts/data/train/rows.jsonl").read_bytes() == first
 
 
 def test_a_broken_picture_is_named_or_left_out(project: Callable[..., Path]) -> None:
@@ -101,18 +109,18 @@ def test_a_broken_picture_is_named_or_left_out(project: Callable[..., Path]) -> 
     write_params(folder, params)
     run_stage("prepare")
     assert read_json(Path("results/prepare.json"))["unreadable"] == 1
-    assert len(list(Path("artifacts/data/images").iterdir())) == 43
+    assert len(stored("train", "validation", "test")) == 43
 
 
 def test_no_more_pictures_are_opened_than_rows_are_needed(project: Callable[..., Path]) -> None:
     folder = project(train=8, validation=0, test=2)
     run_stage("prepare")
-    kept = {path.stem for path in Path("artifacts/data/images").iterdir()}
+    kept = {path.stem for path in stored()}
     for path in (inputs(folder) / "images").iterdir():  # the others are never looked at
         if hashlib.sha256(path.read_bytes()).hexdigest()[:32] not in kept:
             path.write_bytes(b"broken")
     run_stage("prepare")
-    assert {path.stem for path in Path("artifacts/data/images").iterdir()} == kept
+    assert {path.stem for path in stored()} == kept
 
 
 def test_a_source_of_its_own_for_the_test_rows(project: Callable[..., Path]) -> None:
@@ -132,7 +140,9 @@ def test_a_source_of_its_own_for_the_test_rows(project: Callable[..., Path]) -> 
     write_params(folder, params)
     run_stage("prepare")  # the row that also stands in the training source is left out
     assert len(picture_names("test")) == 2
-    assert not set(picture_names("test")) & set(picture_names("train"))
+    assert not {Path(name).name for name in picture_names("test")} & {
+        Path(name).name for name in picture_names("train")
+    }
 
 
 def test_repeated_rows_stand_in_the_training_split_only(project: Callable[..., Path]) -> None:

@@ -157,7 +157,7 @@ def test_folders_that_flows_name_again_are_those_of_the_stages() -> None:
     layout = runpy.run_path(str(ROOT / "tasks/layout.py"))  # as a stage without settings sees it
     assert Path(workspace.CHECKPOINTS) == layout["CHECKPOINTS"]
     assert Path(emulators.POINTER) == layout["POINTER"]
-    assert Path(emulators.ROWS) == layout["rows"]("calibration")
+    assert Path(emulators.ROWS) == layout["rows"]("calibration").parent
     assert Path(emulators.FACTORS) == layout["FACTORS"]
     assert Path(f"{emulators.EMULATORS}0.5") == layout["emulator"](0.5)
 

@@ -11,11 +11,12 @@ import typer
 from peft import PeftModel
 from torch import nn
 
-from emloc.calibrate import FactorFiles, calibrate
+from emloc.calibrate import calibrate
 from emloc.correct import correct_adapter
 from emloc.data import FORMATS, Row, read_data
 from emloc.devices import pick_device, pick_dtype
 from emloc.emulator import cut, plan_ranks, table
+from emloc.factor_files import FactorFiles
 from emloc.families import Codec, calibration_batches, load_codec
 from emloc.families.text import Example
 from emloc.files import digest, read_json, write_jsonl

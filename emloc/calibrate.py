@@ -2,7 +2,6 @@
 
 - `Moments`: Σ x xᵀ or Σ y yᵀ of each linear, padding left out, one sum for linears with one input
 - `calibrate`: one pass over the original; writes the ordered factors, unit by unit
-- `FactorFiles`: reads them back, any number of leading rows
 
 Letters: o out features, i in features, k rank, n tokens.
 """
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -32,7 +30,7 @@ from emloc.factors import (
     rank_for,
     root_of,
 )
-from emloc.files import read_json, write_json, writing
+from emloc.files import write_json, writing
 from emloc.models import OpenedModel
 from emloc.streaming import Stream
 
@@ -283,49 +281,3 @@ def _text_modules(model: nn.Module) -> set[nn.Module]:
 
 def _to(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
-
-
-class FactorFiles:
-    """Reads the factors that `calibrate` wrote.
-
-    Attributes:
-        modules: layer name → shapes, largest rank, tokens and file, in the model's order.
-        max_ratio: largest ratio to cut at.
-        dtype: of the factors.
-
-    Raises:
-        FileNotFoundError: the folder holds no factors.
-    """
-
-    def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
-        index = read_json(self.folder / "factors.json")
-        self.modules: dict[str, dict[str, Any]] = {
-            entry["name"]: entry for entry in index["modules"]
-        }
-        self.max_ratio: float = index["max_ratio"]
-        self.dtype: torch.dtype = getattr(torch, index["dtype"])
-
-    def eigenvalues(self, name: str) -> Tensor:
-        """All eigenvalues of one layer, (min(o, i),) float64, falling."""
-        with self._open(name) as handle:
-            return handle.get_tensor(f"{name}.eigenvalues")
-
-    def cut(self, name: str, rank: int) -> tuple[Tensor, Tensor]:
-        """The factors of one layer at a rank: `weight` (o×k) and `weight_in` (k×i).
-
-        Raises:
-            ValueError: the factors on disk have fewer rows.
-        """
-        largest = self.modules[name]["rank"]
-        if rank > largest:
-            raise ValueError(
-                f"{name} is asked for at rank {rank}, but was calibrated up to rank {largest}: "
-                "raise calibrate.max_ratio or lower the ratio."
-            )
-        with self._open(name) as handle:
-            out = handle.get_slice(f"{name}.out")[:rank]
-            return out.T.contiguous(), handle.get_slice(f"{name}.in")[:rank]
-
-    def _open(self, name: str) -> Any:
-        return safe_open(self.folder / self.modules[name]["file"], framework="pt")

@@ -20,8 +20,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from emloc.calibrate import FactorFiles
 from emloc.checkpoint import copy_companions
+from emloc.factor_files import FactorFiles
 from emloc.factors import loss_kept, rank_for
 from emloc.files import read_json, write_json, writing
 from emloc.lowrank import EmlocConfig

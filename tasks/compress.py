@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from emloc.calibrate import FactorFiles
 from emloc.devices import pick_dtype
 from emloc.emulator import cut, plan_ranks, table
+from emloc.factor_files import FactorFiles
 from emloc.files import write_json
 from emloc.models import open_model
 from emloc.targets import ratios_for

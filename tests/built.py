@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from emloc.calibrate import FactorFiles, calibrate
+from emloc.calibrate import calibrate
 from emloc.emulator import cut, plan_ranks
+from emloc.factor_files import FactorFiles
 from emloc.models import open_model
 from emloc.targets import ratios_for, select
 from tests.opened import unequal_batches

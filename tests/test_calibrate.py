@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
 
-from emloc.calibrate import FactorFiles, Moments, calibrate
+from emloc.calibrate import Moments, calibrate
+from emloc.factor_files import FactorFiles
 from emloc.files import sha256
 from emloc.models import OpenedModel, open_model
 from emloc.streaming import Stream

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from emloc.calibrate import FactorFiles, calibrate
+from emloc.calibrate import calibrate
 from emloc.correct import correct_adapter
 from emloc.emulator import cut, plan_ranks
+from emloc.factor_files import FactorFiles
 from emloc.families import Codec, calibration_batches, load_codec
 from emloc.finetune import finetune
 from emloc.generate import generate_answers, mean_loss

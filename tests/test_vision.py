@@ -186,6 +186,12 @@ def test_a_missing_processor_file_raises_in_one_sentence(tmp_path: Path) -> None
     assert "\n" not in str(caught.value)
 
 
+def test_a_model_without_marks_for_pictures_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "blip-2"}')
+    with pytest.raises(ValueError, match="models of type 'blip-2' are not supported"):
+        load_codec(tmp_path)
+
+
 def test_the_chat_template_may_be_the_processor_s(tmp_path: Path, root: Path) -> None:
     folder = save_tiny_vision("internvl-llama", tmp_path)
     expected = encode(load_codec(folder, root=root), TALK)

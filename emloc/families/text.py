@@ -52,6 +52,15 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise ValueError(f"the tokenizer in {folder} cannot be read: {error}") from error
+    return padded(tokenizer, folder)
+
+
+def padded(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder; one without a pad token gets another of its tokens for it.
+
+    Raises:
+        ValueError: it has no pad, end or unknown token.
+    """
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token_id is None:

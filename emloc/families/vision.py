@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoConfig, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-from emloc.families.text import Example, Side, TextCodec, load_tokenizer
+from emloc.families.text import Example, Side, TextCodec, padded
 from emloc.pictures import check_picture, load_picture, pictures_of
 
 if TYPE_CHECKING:
@@ -41,14 +41,11 @@ def load_processor(path: str | os.PathLike[str]) -> ProcessorMixin:
     gives the same pixels everywhere. Videos, which need torchvision, are left out.
 
     Raises:
-        ValueError: the model has no processor, or its files are missing or cannot be read.
+        ValueError: the model has no processor, or one that does not say what stands for a picture
+            in a text; or its files are missing or cannot be read.
     """
     folder = Path(path)
-    kind = AutoConfig.from_pretrained(folder).model_type
-    name = PROCESSOR_MAPPING_NAMES.get(kind)
-    if name is None:
-        raise ValueError(f"transformers has no processor for models of type {kind!r}: take another")
-    base = getattr(transformers, name)
+    base = _processor_class(AutoConfig.from_pretrained(folder).model_type)
 
     class Processor(base):  # type: ignore[misc, valid-type]
         """The same without a video processor."""
@@ -71,10 +68,22 @@ def load_processor(path: str | os.PathLike[str]) -> ProcessorMixin:
             f"the processor of {folder} cannot be read ({reason}): copy the original's "
             "preprocessor_config.json, processor_config.json and tokenizer files there."
         ) from error
-    processor.tokenizer = load_tokenizer(folder)
+    processor.tokenizer = padded(processor.tokenizer, folder)
     if processor.chat_template:
         processor.tokenizer.chat_template = processor.chat_template
     return processor
+
+
+def _processor_class(model_type: str) -> type[ProcessorMixin]:
+    """The class that transformers has for a type of model, if pictures can be placed with it."""
+    base = getattr(transformers, PROCESSOR_MAPPING_NAMES.get(model_type, ""), ProcessorMixin)
+    if base.replace_image_token is ProcessorMixin.replace_image_token:
+        raise ValueError(
+            f"models of type {model_type!r} are not supported, since transformers does not say "
+            "what stands for a picture in their texts: take another, such as InternVL, Qwen2.5-VL, "
+            "Qwen3-VL, LLaVA, SmolVLM or Gemma 3."
+        )
+    return base
 
 
 class VisionCodec(TextCodec):

@@ -77,7 +77,12 @@ def load_processor(path: str | os.PathLike[str]) -> ProcessorMixin:
 def _processor_class(model_type: str) -> type[ProcessorMixin]:
     """The class that transformers has for a type of model, if pictures can be placed with it."""
     base = getattr(transformers, PROCESSOR_MAPPING_NAMES.get(model_type, ""), ProcessorMixin)
-    if base.replace_image_token is ProcessorMixin.replace_image_token:
+    try:
+        marks = base.replace_image_token is not ProcessorMixin.replace_image_token
+    except ImportError as error:
+        first = str(error).strip().splitlines()[0].partition(" but ")[0]
+        raise ValueError(f"{first}, for models of type {model_type!r}: install it.") from error
+    if not marks:
         raise ValueError(
             f"models of type {model_type!r} are not supported, since transformers does not say "
             "what stands for a picture in their texts: take another, such as InternVL, Qwen2.5-VL, "

@@ -255,23 +255,28 @@ def test_patches_in_the_shape_of_the_rows_are_not_masked(tmp_path: Path) -> None
     assert batches[0]["attention_mask"].shape == (2, 17) and counts == {2 * 17}
 
 
+TRAIN = """
+import sys
+from pathlib import Path
+from emloc.finetune import finetune
+from emloc.settings import LoraSettings, TrainSettings
+from tests.test_vision_streaming import make_family
+folder, workers = Path(sys.argv[1]), int(sys.argv[2])
+family = make_family("internvl-llama", folder)
+settings = TrainSettings(steps=4, batch_size=2, accumulation=2, workers=workers)
+finetune(family.loaded(), family.examples, [], codec=family.codec, lora=LoraSettings(r=2),
+         settings=settings, base_name="org/original", out=folder / "adapter",
+         checkpoints=folder / "checkpoints", progress=False)
+"""
+
+
 @pytest.mark.slow
 def test_pictures_that_are_read_ahead_give_the_same_adapter(tmp_path: Path) -> None:
-    internvl = make_family("internvl-llama", tmp_path)
     adapters = []
-    for workers in (0, 2):
-        finetune(
-            internvl.loaded(),
-            internvl.examples,
-            [],
-            codec=internvl.codec,
-            lora=LoraSettings(r=2),
-            settings=TrainSettings(steps=4, batch_size=2, accumulation=2, workers=workers),
-            base_name="org/original",
-            out=tmp_path / f"adapter-{workers}",
-            checkpoints=tmp_path / "checkpoints",
-            progress=False,
-        )
-        file = tmp_path / f"adapter-{workers}" / "adapter_model.safetensors"
-        adapters.append(file.read_bytes())
+    for workers in ("0", "2"):
+        folder = tmp_path / workers
+        folder.mkdir()
+        done = python(TRAIN, str(folder), workers)
+        assert done.returncode == 0, done.stderr
+        adapters.append((folder / "adapter" / "adapter_model.safetensors").read_bytes())
     assert adapters[0] == adapters[1]

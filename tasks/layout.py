@@ -12,10 +12,12 @@ from pathlib import Path
 CHECKPOINTS = Path(os.environ.get("EMLOC_CHECKPOINTS", ".emloc/checkpoints"))
 ARTIFACTS, RESULTS, REPORT = Path("artifacts"), Path("results"), Path("report")
 
+BASE = ARTIFACTS / "base"
 POINTER = ARTIFACTS / "model.json"
 DATA = ARTIFACTS / "data"
 FACTORS = ARTIFACTS / "factors"
 DIRECT_ADAPTER = ARTIFACTS / "adapters" / "direct"
+PRETRAINED = RESULTS / "pretrain.json"
 PREPARED = RESULTS / "prepare.json"
 BASELINE, DIRECT = RESULTS / "baseline", RESULTS / "direct"
 

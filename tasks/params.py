@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -22,6 +22,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from emloc.settings import LoraSettings, TrainSettings
+from tasks import layout
 
 PARAMS = Path("params.yaml")
 STRICT = ConfigDict(extra="forbid")
@@ -121,6 +122,19 @@ class Evaluate(Section):
         return names
 
 
+class Pretrain(Section):
+    """`pretrain`: how the project makes the original itself, in artifacts/base."""
+
+    recipe: Literal["easy-vqa"]
+    source: str
+    sha256: str | None = None
+    vision_steps: int = Field(default=400, ge=1)
+    steps: int = Field(default=200, ge=1)
+    batch_size: int = Field(default=64, ge=1)
+    learning_rate: float = Field(default=0.02, gt=0)
+    seed: int = Field(default=0, ge=0)
+
+
 class Mlflow(Section):
     """`mlflow`: where runs are logged; no stage reads it."""
 
@@ -140,7 +154,19 @@ class Params(Section):
     train: Train
     correct: Correct
     evaluate: Evaluate
+    pretrain: Pretrain | None
     mlflow: Mlflow = Mlflow()
+
+    @model_validator(mode="after")
+    def _base_is_used(self) -> Params:
+        base = str(layout.BASE)
+        if (self.pretrain is not None) != (self.model.source == base):
+            known = "null" if self.pretrain is None else "set"
+            raise ValueError(
+                f"pretrain is {known}, but model.source is {self.model.source!r}: a pretrained "
+                f"original lies in {base}, so set both or neither"
+            )
+        return self
 
     @model_validator(mode="after")
     def _ratios_fit(self) -> Params:
@@ -201,6 +227,7 @@ def _keys_beside(place: list[str]) -> list[str]:
     kind: Any = Params
     for part in place[:-1]:
         kind = kind.model_fields[part].annotation if hasattr(kind, "model_fields") else Lora
+        kind = next((k for k in get_args(kind) if hasattr(k, "model_fields")), kind)  # X | None
     if hasattr(kind, "model_fields"):
         return list(kind.model_fields)
     return [field.name for field in dataclasses.fields(kind)]

@@ -120,6 +120,8 @@ def collect_costs(params: Params) -> list[dict[str, Any]]:
         ("calibrate", None, layout.RESULTS / "calibrate.cost.json"),
         ("baseline", None, layout.BASELINE / "baseline.cost.json"),
     ]
+    if params.pretrain is not None:
+        files.insert(0, ("pretrain", None, layout.RESULTS / "pretrain.cost.json"))
     if params.evaluate.direct:
         files.append(("direct", None, layout.DIRECT / "train.cost.json"))
     for ratio in params.ratios:

@@ -17,13 +17,13 @@ from emloc.files import read_json, write_json
 from emloc.internvl.spm import fast_tokenizer
 
 CONTEXT = "<IMG_CONTEXT>"
-_SPECIAL = {
+SPECIAL = {
     "start_image_token": "<img>",
     "end_image_token": "</img>",
     "context_image_token": CONTEXT,
     "video_token": "<video>",
 }
-_TEMPLATE = (
+TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}"
@@ -50,10 +50,10 @@ def write_processor(source: Path, folder: Path, original: dict[str, Any]) -> int
         ValueError: there is no usable tokenizer, or it lacks a token that InternVL needs.
     """
     tokenizer = _tokenizer(source, original)
-    tokenizer.chat_template = _TEMPLATE
+    tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
     _drop(folder / "tokenizer_config.json", "auto_map", "is_local", "local_files_only")
-    _write_settings(folder, original)
+    write_settings(folder, original)
     vocabulary = tokenizer.get_vocab()
     defaults = {
         "eos_token_id": vocabulary["<|im_end|>"],
@@ -84,7 +84,7 @@ def _tokenizer(source: Path, original: dict[str, Any]) -> PreTrainedTokenizerFas
                 f"The tokenizer in {source} has no token {token}, which InternVL needs: copy or "
                 "download all of its tokenizer files again."
             )
-    return load(extra_special_tokens=_SPECIAL)
+    return load(extra_special_tokens=SPECIAL)
 
 
 def _loader(source: Path, original: dict[str, Any]) -> Callable[..., PreTrainedTokenizerFast]:
@@ -100,7 +100,14 @@ def _loader(source: Path, original: dict[str, Any]) -> Callable[..., PreTrainedT
     )
 
 
-def _write_settings(folder: Path, original: dict[str, Any]) -> None:
+def write_settings(folder: Path, original: dict[str, Any]) -> None:
+    """Write the settings of the image processor, the video processor and the processor itself.
+
+    Args:
+        folder: existing folder of the checkpoint.
+        original: the fields of an original config.json that say how large a tile is and how
+            pictures are cut into tiles.
+    """
     vision = original.get("vision_config") or {}
     side = original.get("force_image_size") or vision.get("image_size", 224)
     ratio = original.get("downsample_ratio", 0.5)

@@ -1,0 +1,290 @@
+"""An InternVL trained from scratch on easy-VQA's yes/no questions: no other text, no other answer.
+
+Which shape and which colour, easy-VQA's other questions, stay for the fine-tuning.
+
+1. The vision tower and the projector learn to see: from the mean of the picture's tokens, a linear
+   layer that is thrown away afterwards says yes or no to every question at once. Yes and no count
+   the same for each question, or "no" would nearly always do.
+2. The language model learns to answer, with the vision tower as it is. Where the answer is the rare
+   one, the question names what is in the picture (or "not" what is), and its words are learnt too:
+   without that, matching words with pictures takes far longer to begin.
+
+Letters: B pictures, Q questions, n tokens of a picture, h features of a token.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+from transformers import InternVLForConditionalGeneration, get_cosine_schedule_with_warmup
+
+from emloc.bases.internvl import build_model, build_tokenizer, image_processor, save_checkpoint
+from emloc.bases.packing import ANSWERS, Packed, Packer
+from emloc.bases.questions import NOT_ASKED, Questions, read_questions
+from emloc.settings import is_real, is_whole, require
+
+_HELD_OUT = 0.05  # share of the pictures
+_ASKED = 6  # questions in a row
+_QUESTION_WEIGHT = 0.5
+_WARMUP = 0.05  # share of the steps
+_EVERY = 50  # steps between two looks at the held-out pictures
+_ADAMW = 0.1  # its learning rate as a share of Muon's
+
+
+@dataclass(frozen=True, kw_only=True)
+class EasyVqaSettings:
+    """How long and how fast to train.
+
+    Args:
+        vision_steps: steps in which the vision tower learns to see.
+        steps: steps in which the language model learns to answer.
+        batch_size: pictures in a step.
+        learning_rate: the highest one, of Muon; AdamW, which trains all but the matrices, takes a
+            tenth.
+
+    Raises:
+        ValueError: a value is not allowed; the message names it.
+    """
+
+    vision_steps: int = 400
+    steps: int = 200
+    batch_size: int = 32
+    learning_rate: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in ("vision_steps", "steps", "batch_size"):
+            value = getattr(self, name)
+            require(is_whole(value, 1), name, value, "a whole number of at least 1")
+        rate = self.learning_rate
+        require(is_real(rate, 0) and rate > 0, "learning_rate", rate, "a number above 0")
+
+
+def build_base(
+    train_folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    settings: EasyVqaSettings,
+    seed: int,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train the model and write it as a native checkpoint, in one go at the end.
+
+    Args:
+        train_folder: the folder of easy-VQA's training part.
+        out: the checkpoint's folder; what was there is replaced.
+        settings: how long and how fast to train.
+        seed: of the weights, the held-out pictures and the order of all others.
+        device: where to train.
+        progress: show a bar with the loss and the held-out accuracy.
+
+    Returns:
+        `parameters`, `pictures` and `questions` (trained on), `held_out_questions`,
+        `yes_no_accuracy` of the held-out ones, what the commoner answer to each question would get
+        there (`commoner_answer_accuracy`), and the losses of the last steps of both parts.
+
+    Raises:
+        ValueError: the folder is unusable, or the loss became NaN or infinite.
+    """
+    device = torch.device(device)
+    generator = torch.Generator().manual_seed(seed)
+    process = image_processor()
+    questions = read_questions(
+        train_folder, lambda pictures: process(pictures, return_tensors="pt")["pixel_values"]
+    )
+    train, held_out = questions.split(_HELD_OUT, generator)
+    tokenizer = build_tokenizer([*questions.texts, *ANSWERS])
+    model = build_model(tokenizer, seed=seed).to(device)
+    packer = Packer(tokenizer, train, question_weight=_QUESTION_WEIGHT, device=device)
+    batches = _Batches(train, settings.batch_size, generator)
+    seen = _learn_to_see(model, train, batches, settings, seed, progress)
+
+    def accuracy() -> float:
+        return yes_no_accuracy(model, packer, held_out, settings.batch_size)
+
+    said = _learn_to_answer(model, packer, batches, settings, accuracy, progress)
+    metrics = {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "pictures": len(train.pictures),
+        "questions": int((train.answers != NOT_ASKED).sum()),
+        "held_out_questions": int((held_out.answers != NOT_ASKED).sum()),
+        "yes_no_accuracy": accuracy(),
+        "commoner_answer_accuracy": _commoner_accuracy(train, held_out),
+        "vision_loss": seen,
+        "loss": said,
+    }
+    save_checkpoint(model, tokenizer, out)
+    return metrics
+
+
+class _Batches:
+    """Batches of pictures without end, in a new order each time round, half of them mirrored."""
+
+    def __init__(self, questions: Questions, size: int, generator: torch.Generator) -> None:
+        self.questions, self.generator = questions, generator
+        self.size = min(size, len(questions.pictures))
+
+    def __iter__(self) -> Iterator[Questions]:
+        while True:
+            order = torch.randperm(len(self.questions.pictures), generator=self.generator)
+            for start in range(0, len(order) - self.size + 1, self.size):
+                batch = self.questions.at(order[start : start + self.size])
+                mirrored = torch.rand(self.size, generator=self.generator) < 0.5
+                pictures = torch.where(
+                    mirrored[:, None, None, None], batch.pictures.flip(-1), batch.pictures
+                )
+                yield Questions(pictures, batch.texts, batch.answers)
+
+
+class _Reader(nn.Module):
+    """Says yes or no to all questions at once, from the tokens of pictures alone."""
+
+    def __init__(self, features: int, questions: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(features)
+        self.answers = nn.Linear(features, questions)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, n, h) → (B, Q): above 0 is yes."""
+        return self.answers(self.norm(tokens).mean(1))
+
+
+def _learn_to_see(
+    model: InternVLForConditionalGeneration,
+    train: Questions,
+    batches: Iterable[Questions],
+    settings: EasyVqaSettings,
+    seed: int,
+    progress: bool,
+) -> float:
+    """Train the vision tower and the projector; return the mean loss of the last steps."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        reader = _Reader(model.config.text_config.hidden_size, len(train.texts)).to(model.device)
+    yes = train.yes_share().clamp(0.01, 0.99)
+    by_answer = torch.stack([0.5 / (1 - yes), 0.5 / yes])  # (2, Q)
+
+    def loss(batch: Questions) -> Tensor:
+        pixels = batch.pictures.to(model.device)
+        logits = reader(model.model.get_image_features(pixel_values=pixels).pooler_output)
+        truth = batch.answers.clamp(min=0)
+        weights = by_answer.gather(0, truth) * (batch.answers != NOT_ASKED)  # (B, Q)
+        truth, weights = truth.to(logits), weights.to(logits)
+        return functional.binary_cross_entropy_with_logits(
+            logits, truth, weight=weights, reduction="sum"
+        ) / weights.sum().clamp(min=1e-6)
+
+    parts = nn.ModuleList([model.model.vision_tower, model.model.multi_modal_projector, reader])
+    return _train(parts, loss, batches, settings.vision_steps, settings, "see", progress)
+
+
+def _learn_to_answer(
+    model: InternVLForConditionalGeneration,
+    packer: Packer,
+    batches: Iterable[Questions],
+    settings: EasyVqaSettings,
+    accuracy: Callable[[], float],
+    progress: bool,
+) -> float:
+    """Train all but the vision tower; return the mean loss of the last steps."""
+    model.model.vision_tower.requires_grad_(False)
+    draw = torch.Generator().manual_seed(0)
+
+    def loss(batch: Questions) -> Tensor:
+        packed = packer.pack(batch, _ASKED, draw)
+        counted = packed.weights[:, 1:] > 0
+        logits, truth = _logits(model, packed, counted)
+        weights = packed.weights[:, 1:][counted]
+        losses = functional.cross_entropy(logits, truth, reduction="none")
+        return (losses * weights).sum() / weights.sum()
+
+    last = _train(model, loss, batches, settings.steps, settings, "answer", progress, accuracy)
+    model.model.vision_tower.requires_grad_(True)
+    return last
+
+
+def _logits(
+    model: InternVLForConditionalGeneration, packed: Packed, chosen: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Logits (N, vocabulary) for the N tokens that are chosen from the second on, and their ids."""
+    states = model.model(**packed.inputs, use_cache=False).last_hidden_state[:, :-1]
+    return model.lm_head(states[chosen]), packed.inputs["input_ids"][:, 1:][chosen]
+
+
+@torch.no_grad()
+def yes_no_accuracy(
+    model: InternVLForConditionalGeneration, packer: Packer, questions: Questions, size: int
+) -> float:
+    """Share of all questions asked whose answer is the likeliest next token."""
+    most = int((questions.answers != NOT_ASKED).sum(1).max())
+    draw = torch.Generator().manual_seed(0)
+    right = []
+    model.eval()
+    for index in torch.arange(len(questions.pictures)).split(size):
+        packed = packer.pack(questions.at(index), most, draw)
+        logits, truth = _logits(model, packed, packed.decisive[:, 1:])
+        right.append(logits.argmax(1) == truth)
+    model.train()
+    return torch.cat(right).float().mean().item()
+
+
+def _commoner_accuracy(train: Questions, held_out: Questions) -> float:
+    """What one gets who looks at no picture and gives the commoner answer to each question."""
+    asked = held_out.answers != NOT_ASKED
+    guess = (train.yes_share() >= 0.5).long().expand_as(held_out.answers)
+    return (guess == held_out.answers)[asked].float().mean().item()
+
+
+def _train(
+    part: nn.Module,
+    loss_of: Callable[[Questions], Tensor],
+    batches: Iterable[Questions],
+    steps: int,
+    settings: EasyVqaSettings,
+    title: str,
+    progress: bool,
+    accuracy: Callable[[], float] | None = None,
+) -> float:
+    """Train the parameters of `part` that need gradients; return the mean of the last losses."""
+    named = [(name, p) for name, p in part.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in named if p.ndim == 2 and "embed_tokens" not in name]
+    kept = {id(parameter) for parameter in matrices}
+    rest = [parameter for _, parameter in named if id(parameter) not in kept]
+    rate = settings.learning_rate
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(matrices, lr=rate, weight_decay=0.05),
+        torch.optim.AdamW(rest, lr=_ADAMW * rate, betas=(0.9, 0.99), weight_decay=0.0),
+    ]
+    warmup = math.ceil(_WARMUP * steps)
+    schedules = [get_cosine_schedule_with_warmup(o, warmup, steps) for o in optimizers]
+    losses: list[float] = []
+    shown: dict[str, str] = {}
+    part.train()
+    with tqdm(total=steps, desc=title, unit="step", disable=not progress) as bar:
+        for step, batch in zip(range(1, steps + 1), batches, strict=False):
+            loss = loss_of(batch)
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise ValueError(
+                    f"the loss became {losses[-1]} at step {step} of {title!r}: try a lower "
+                    f"learning_rate than {rate:g}."
+                )
+            loss.backward()
+            nn.utils.clip_grad_norm_([*matrices, *rest], 1.0)
+            for each in (*optimizers, *schedules):
+                each.step()
+            part.zero_grad()
+            if accuracy is not None and step % _EVERY == 0:
+                shown["accuracy"] = f"{accuracy():.3f}"
+            bar.set_postfix({"loss": f"{losses[-1]:.4f}", **shown}, refresh=False)
+            bar.update()
+    last = losses[-_EVERY:]
+    return sum(last) / len(last)

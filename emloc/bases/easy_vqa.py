@@ -102,7 +102,8 @@ def build_base(
     )
     train, held_out = questions.split(_HELD_OUT, generator)
     tokenizer = build_tokenizer([*questions.texts, *ANSWERS])
-    model = build_model(tokenizer, seed=seed).to(device)
+    model = build_model(tokenizer, seed=seed)
+    model.to(device)  # type: ignore[arg-type]
     packer = Packer(tokenizer, train, question_weight=_QUESTION_WEIGHT, device=device)
     batches = _Batches(train, settings.batch_size, generator)
     seen = _learn_to_see(model, train, batches, settings, seed, progress)
@@ -168,7 +169,7 @@ def _learn_to_see(
     """Train the vision tower and the projector; return the mean loss of the last steps."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        reader = _Reader(model.config.text_config.hidden_size, len(train.texts)).to(model.device)
+        reader = _Reader(model.lm_head.in_features, len(train.texts)).to(model.device)
     yes = train.yes_share().clamp(0.01, 0.99)
     by_answer = torch.stack([0.5 / (1 - yes), 0.5 / yes])  # (2, Q)
 

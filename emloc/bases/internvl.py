@@ -34,7 +34,7 @@ SIDE, PATCH = 64, 8  # pixels
 TILE_TOKENS = (SIDE // PATCH // 2) ** 2  # a token stands for 2 × 2 patches
 PAD, END = "<|pad|>", "<|im_end|>"
 _MARKS = [PAD, "<|im_start|>", END, *SPECIAL.values()]
-_SIZE: dict[str, int] = dict(
+_SIZE: dict[str, Any] = dict(
     hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6
 )
 _SETTINGS: dict[str, Any] = {
@@ -69,11 +69,16 @@ def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
+def number_of(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    """The id of one token."""
+    return tokenizer.get_vocab()[token]
+
+
 def build_model(
     tokenizer: PreTrainedTokenizerFast, *, seed: int
 ) -> InternVLForConditionalGeneration:
     """The model with random weights on the CPU, in float32; the same for the same seed."""
-    numbers = {token: tokenizer.convert_tokens_to_ids(token) for token in (PAD, END, CONTEXT)}
+    numbers = {token: number_of(tokenizer, token) for token in (PAD, END, CONTEXT)}
     text = Qwen2Config(
         **_SIZE,
         vocab_size=len(tokenizer),

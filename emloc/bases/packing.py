@@ -11,12 +11,13 @@ L of the longest rest, T = n + k·L.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from emloc.bases.internvl import END, TILE_TOKENS
+from emloc.bases.internvl import END, TILE_TOKENS, number_of
 from emloc.bases.questions import NOT_ASKED, Questions
 from emloc.internvl.processor import CONTEXT
 
@@ -67,7 +68,7 @@ class Packer:
         ]
         longest = max(len(context) + len(answer) for pair in pairs for _, context, answer in pair)
         shape = (len(pairs), len(ANSWERS), longest)
-        end = tokenizer.convert_tokens_to_ids(END)
+        end = number_of(tokenizer, END)
         self.picture = torch.tensor(pairs[0][0][0])  # (n,)
         self.rest = torch.full(shape, int(tokenizer.pad_token_id or 0))
         self.weights = torch.zeros(shape)
@@ -122,13 +123,10 @@ def _split(
 ) -> tuple[list[int], list[int], list[int]]:
     """Token ids up to the picture's end, from there to the answer, and of the answer."""
     content = [{"type": "image"}, {"type": "text", "text": question}]
-    text = str(
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
-    )
+    turns: Any = [{"role": "user", "content": content}]
+    text = str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
     ids = _tokens(tokenizer, text.replace(CONTEXT, f"<img>{CONTEXT * TILE_TOKENS}</img>", 1))
-    cut = ids.index(tokenizer.convert_tokens_to_ids("</img>")) + 1
+    cut = ids.index(number_of(tokenizer, "</img>")) + 1
     return ids[:cut], ids[cut:], _tokens(tokenizer, answer + END)
 
 

@@ -218,8 +218,9 @@ def _stoppable(process: psutil.Popen) -> Iterator[None]:
 
 
 def _tree(process: psutil.Process) -> list[psutil.Process]:
+    """A process and all below it; first itself, so that it does not end well when they end."""
     try:
-        return [*process.children(recursive=True), process]
+        return [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
 

@@ -160,7 +160,7 @@ def test_the_shared_results_are_of_no_ratio_and_of_the_same_group(project: Path)
         (lambda: Path("results/0.5/train.csv").unlink(), "results/0.5/train.csv is deleted"),
         (lambda: Path("results/0.5/evaluate.json").write_text("{}"), "evaluate.json is modified"),
         (lambda: Path("tasks/train.py").write_text("x"), "tasks/train.py is modified"),
-        (lambda: Path("dvc.lock").unlink(), r"no result of ratio 0.5 yet \(prepare did not run\)"),
+        (lambda: Path("dvc.lock").unlink(), r"no result of ratio 0.5 yet \(pretrain did not run\)"),
         (
             lambda: change_params(lambda params: params.update(ratios=[0.8])),
             "the ratios of params.yaml are 0.8",

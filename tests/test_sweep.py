@@ -52,7 +52,7 @@ def test_two_workers_build_two_ratios_at_once_and_a_third_clone_computes_nothing
     dvc(clone, "remote", "add", "--local", "-d", "team", str(remote))
     printed = dvc(clone, "repro", "--pull")
     assert not ran(printed)
-    assert len(restored(printed)) == 13
+    assert len(restored(printed)) == 14
     assert (clone / "artifacts/emulators/0.5/model.safetensors").exists()
     for cache in (*caches, project / ".dvc/cache", clone / ".dvc/cache", remote):
         assert check_cache(cache)

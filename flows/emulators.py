@@ -22,7 +22,7 @@ ROWS = "artifacts/data/calibration"
 FACTORS = "artifacts/factors"
 EMULATORS = "artifacts/emulators/"
 
-_STAGES = ("prepare", "calibrate", "compress")  # in the order in which they feed one another
+_STAGES = ("pretrain", "prepare", "calibrate", "compress")  # in the order in which they feed one another
 _COMMAND = re.compile(rf"python -m tasks\.({'|'.join(_STAGES)})(?: (\S+))?")
 _ENTRY = re.compile(r"[0-9a-f]{64}")
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -62,7 +62,7 @@ class Run:
     """A run of a stage, as its entry in the run cache tells it.
 
     Attributes:
-        stage: prepare, calibrate or compress.
+        stage: pretrain, prepare, calibrate or compress.
         ratio: of a compress; otherwise "".
         params: values by the keys that dvc.yaml names.
         deps, outs: hashes by path.

@@ -1,12 +1,15 @@
 """EMLoC: fine-tune a large model in the memory that running it needs (arXiv 2506.12015).
 
-Importing this package teaches transformers to load emulator checkpoints, so that
-`AutoModelForCausalLM.from_pretrained(emulator_folder)` works like for any other checkpoint.
+Importing this package teaches transformers and diffusers to load emulator checkpoints, so that
+`AutoModelForCausalLM.from_pretrained(emulator_folder)` and
+`FluxTransformer2DModel.from_pretrained(emulator_folder)` work like for any other checkpoint.
 """
 
+from emloc import lowrank_diffusers
 from emloc.lowrank import LowRankLinear, register
 
 __all__ = ["LowRankLinear"]
 __version__ = "0.1.0"
 
 register()
+lowrank_diffusers.register()

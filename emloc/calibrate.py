@@ -31,8 +31,8 @@ from emloc.factors import (
     root_of,
 )
 from emloc.files import write_json, writing
-from emloc.models import OpenedModel
 from emloc.streaming import Stream
+from emloc.weights import OpenedModel
 
 
 @dataclass
@@ -100,6 +100,9 @@ class Moments:
                     f"the activations into {leader} are not finite (NaN or infinite): check the "
                     "checkpoint, and use bfloat16 or float32 instead of float16."
                 )
+        # A later unit with the same input (a prompt that all blocks attend to) starts a new sum.
+        gone = {leader for leader, _ in taken.values()}
+        self._live = {key: entry for key, entry in self._live.items() if entry[1] not in gone}
         return taken
 
     def _observe(self, name: str) -> Callable[..., None]:
@@ -160,8 +163,8 @@ def calibrate(
 
     Args:
         opened: the original.
-        batches: keyword arguments of its forward, with `attention_mask` (B, T) where rows are
-            padded. With none the factors are those of the plain SVD.
+        batches: keyword arguments of its forward, tensors also in mappings, with `attention_mask`
+            (B, T) where rows are padded. With none the factors are those of the plain SVD.
         linears: the layers to factorize, from `targets.select`.
         max_ratio: largest ratio that an emulator can be cut at.
         out: folder to create; one safetensors file a unit, and factors.json.
@@ -179,7 +182,7 @@ def calibrate(
     by_unit: dict[str, list[str]] = {}
     for name in linears:
         by_unit.setdefault(stream.unit_of(name), []).append(name)
-    on_device = [{key: _to(value, stream.device) for key, value in b.items()} for b in batches]
+    on_device = [_to(dict(batch), stream.device) for batch in batches]
     of_text = _text_modules(opened.model)
 
     def mask(name: str) -> Tensor | None:
@@ -280,4 +283,6 @@ def _text_modules(model: nn.Module) -> set[nn.Module]:
 
 
 def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _to(inner, device) for key, inner in value.items()}
     return value.to(device) if isinstance(value, Tensor) else value

@@ -15,28 +15,21 @@ Letters: o out features, i in features, k rank of the emulator, r LoRA rank, s L
 from __future__ import annotations
 
 import copy
-import json
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, inject_adapter_in_model
+from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from emloc.adapters import AdapterFolder, find_adapter
 from emloc.factors import full_float32
 from emloc.files import writing
-from emloc.lowrank import EmlocConfig
-from emloc.models import OpenedModel
-
-WEIGHTS = "adapter_model.safetensors"
-MARK = {"format": "pt", "emloc": "corrected"}  # in the header of a corrected adapter's weights
-PREFIX = "base_model.model."
+from emloc.lowrank import ranks_of
+from emloc.weights import OpenedModel
 
 
 @dataclass(frozen=True)
@@ -116,7 +109,7 @@ def correct_adapter(
     correction and keep their adapter, as do modules that were trained as a whole.
 
     Args:
-        adapter: folder of the raw adapter, as peft saved it.
+        adapter: folder of the raw adapter, as peft or a diffusion pipeline saved it.
         original, emulator: both opened, their weights on disk.
         limit: λ, above 0; None for no clamping.
         out: folder to create.
@@ -135,17 +128,17 @@ def correct_adapter(
             f"the correction's limit is {limit}, but must be a positive number (3 in the paper), "
             "or null for no limit."
         )
-    adapter = Path(adapter)
-    tensors = _read_raw(adapter)
+    raw = find_adapter(adapter)
+    tensors = raw.read_raw()
     ranks = _ranks(emulator)
-    scalings = _scalings(adapter, original)
-    _check_shapes(adapter, tensors, original, scalings)
+    scalings = _scalings(raw, original)
+    _check_shapes(raw, tensors, original, scalings)
     report = []
     with full_float32():
         names = sorted(set(scalings) & set(ranks))
         for name in tqdm(names, desc="correct", disable=not progress):
             parts = emulator.store.read([f"{name}.weight", f"{name}.weight_in"], device)
-            key_a, key_b = _keys(name)
+            key_a, key_b = raw.keys(name)
             lora_a, lora_b, size, clamped = correct_layer(
                 tensors[key_a].to(device),
                 tensors[key_b].to(device),
@@ -157,102 +150,51 @@ def correct_adapter(
             tensors[key_a], tensors[key_b] = lora_a.cpu(), lora_b.cpu().contiguous()
             report.append(LayerCorrection(name, size, clamped))
     with writing(out) as folder:
-        shutil.copytree(adapter, folder)
-        _save_marked(tensors, folder / WEIGHTS)
+        raw.write_corrected(folder, tensors)
     return report
 
 
-def _keys(name: str) -> tuple[str, str]:
-    """Names of A and B of a layer in an adapter's file."""
-    return f"{PREFIX}{name}.lora_A.weight", f"{PREFIX}{name}.lora_B.weight"
-
-
 def _check_shapes(
-    adapter: Path, tensors: dict[str, Tensor], original: OpenedModel, names: Iterable[str]
+    adapter: AdapterFolder, tensors: dict[str, Tensor], original: OpenedModel, names: Iterable[str]
 ) -> None:
     """Refuse an adapter with missing tensors, or for layers of another shape."""
     for name in names:
-        key_a, key_b = _keys(name)
+        key_a, key_b = adapter.keys(name)
         if key_a not in tensors or key_b not in tensors:
             raise ValueError(
-                f"{adapter} holds no weights for {name}, which its config names: the adapter "
-                "is incomplete; train it again."
+                f"{adapter.folder} holds no weights for {name}, which its config names: the "
+                "adapter is incomplete; train it again."
             )
         shape = (tensors[key_b].shape[0], tensors[key_a].shape[1])
         module = original.model.get_submodule(name)
         if isinstance(module, nn.Linear) and shape != module.weight.shape:
             raise ValueError(
-                f"{adapter} does not fit the original: at {name} it is for a "
+                f"{adapter.folder} does not fit the original: at {name} it is for a "
                 f"{shape[0]}×{shape[1]} layer instead of "
                 f"{module.out_features}×{module.in_features}; name the model it was made for."
             )
 
 
-def _save_marked(tensors: dict[str, Tensor], file: Path) -> None:
-    """Save with MARK; safetensors writes several such entries in random order, this in theirs."""
-    content = save(tensors, metadata=MARK)
-    start = 8 + int.from_bytes(content[:8], "little")
-    header = {**json.loads(content[8:start]), "__metadata__": MARK}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write_bytes(len(text).to_bytes(8, "little") + text + content[start:])
-
-
 def _ranks(emulator: OpenedModel) -> dict[str, int]:
     """Layer name → rank of an emulator."""
-    settings = getattr(emulator.model.config, "quantization_config", None)
-    if not isinstance(settings, EmlocConfig):
+    ranks = ranks_of(emulator.model)
+    if not ranks:
         raise ValueError(
             "the model that was named as the emulator has no low-rank layers, so there is nothing "
             "to correct for: name the emulator that the adapter was trained on."
         )
-    return settings.ranks
+    return ranks
 
 
-def _read_raw(adapter: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter that may be corrected."""
-    file = adapter / WEIGHTS
-    if not file.exists():
-        raise ValueError(f"{adapter} is no adapter folder: {WEIGHTS} is missing; train it first.")
-    try:
-        with safe_open(file, framework="pt") as handle:
-            if (handle.metadata() or {}).get("emloc") == MARK["emloc"]:
-                raise ValueError(
-                    f"{adapter} was corrected already, and correcting it twice would spoil it: "
-                    "name the raw adapter."
-                )
-            tensors = {key: handle.get_tensor(key) for key in handle.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{file} cannot be read ({error}): train the adapter again.") from error
-    for key, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise ValueError(
-                f"{file} holds values in {key} that are not finite (NaN or infinite): train the "
-                "adapter again, with a lower learning rate."
-            )
-    return tensors
-
-
-def _scalings(adapter: Path, original: OpenedModel) -> dict[str, float]:
+def _scalings(adapter: AdapterFolder, original: OpenedModel) -> dict[str, float]:
     """Layer name → s, as peft itself computes it when it puts the adapter on the original."""
-    try:
-        config = PeftConfig.from_pretrained(str(adapter))
-    except ValueError as error:
-        raise ValueError(
-            f"{adapter / 'adapter_config.json'} is missing or cannot be read ({error}): train the "
-            "adapter again."
-        ) from error
-    if type(config) is not LoraConfig or config.use_dora or config.lora_bias:
-        raise ValueError(
-            f"{adapter} is a {config.peft_type.value} adapter with settings other than plain LoRA "
-            "(no DoRA, no lora_bias), which is all that can be corrected: train it without them."
-        )
+    config = adapter.config()
     try:
         model = inject_adapter_in_model(
             config, copy.deepcopy(original.model), low_cpu_mem_usage=True
         )
     except ValueError as error:
-        raise ValueError(f"{adapter} does not fit the original: {error}") from error
+        raise ValueError(f"{adapter.folder} does not fit the original: {error}") from error
     return {
         name: module.scaling["default"]
         for name, module in model.named_modules()

@@ -5,7 +5,8 @@
 - `table`: the plan as text
 
 An emulator folder is a transformers checkpoint: config.json with a `quantization_config` of method
-"emloc", safetensors shards, and the original's tokenizer. `import emloc` makes it loadable.
+"emloc", safetensors shards, and the original's tokenizer. Of a diffusion pipeline, it is a
+checkpoint of the denoiser alone, as diffusers writes it. `import emloc` makes both loadable.
 """
 
 from __future__ import annotations
@@ -20,13 +21,19 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from emloc.checkpoint import copy_companions
+from emloc.checkpoint import (
+    DENOISER_WEIGHTS,
+    WEIGHTS,
+    copy_companions,
+    is_denoiser,
+)
+from emloc.diffusion.pipelines import denoiser_folder, is_pipeline
 from emloc.factor_files import FactorFiles
 from emloc.factors import loss_kept, rank_for
 from emloc.files import read_json, write_json, writing
 from emloc.lowrank import EmlocConfig
-from emloc.models import OpenedModel
 from emloc.shards import Piece, write_shards
+from emloc.weights import OpenedModel
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ def cut(
     that transformers maps both to the model in the same way.
 
     Args:
-        original: folder of the original.
+        original: folder of the original, a model or a diffusion pipeline.
         opened: the same, opened.
         factors: its factors.
         plan: from `plan_ranks`.
@@ -107,7 +114,8 @@ def cut(
     Raises:
         ValueError: the original's config.json says that it is quantised already.
     """
-    original = Path(original)
+    original = denoiser_folder(original) if is_pipeline(original) else Path(original)
+    of_diffusers = is_denoiser(original)
     config = read_json(original / "config.json")
     if "quantization_config" in config:
         method = config["quantization_config"].get("quant_method", "unknown")
@@ -130,8 +138,10 @@ def cut(
             pieces,
             max_shard_size=max_shard_size,
             progress="compress" if progress else None,
+            weights=DENOISER_WEIGHTS if of_diffusers else WEIGHTS,
         )
-        copy_companions(original, folder)
+        if not of_diffusers:
+            copy_companions(original, folder)
         write_json(folder / "config.json", {**config, "quantization_config": quantization})
     return {
         "emulator_bytes": sum(piece.like.nbytes for piece in pieces.values()),

@@ -1,6 +1,7 @@
 """The low-rank linear layer, and the "emloc" loader that lets transformers build models of it.
 
 - `LowRankLinear`: y = W_out (W_in x) + b, a drop-in for `nn.Linear`
+- `ranks_of`: the ranks of a model's low-rank layers
 - `EmlocConfig`: the `quantization_config` of an emulator's config.json
 - `register`: called on `import emloc`
 
@@ -9,6 +10,7 @@ Letters: o out features, i in features, k rank.
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -23,6 +25,12 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 METHOD = "emloc"
+
+
+class _Method(StrEnum):
+    """diffusers wants the name of a method as a member of an enumeration."""
+
+    EMLOC = METHOD
 
 
 class LowRankLinear(nn.Linear):
@@ -115,6 +123,11 @@ def replace_linears(model: nn.Module, ranks: dict[str, int]) -> None:
         model.get_submodule(parent).register_module(child, new.to_empty(device=device))
 
 
+def ranks_of(model: nn.Module) -> dict[str, int]:
+    """Module name → rank of each low-rank layer."""
+    return {name: m.rank for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
+
+
 class EmlocConfig(QuantizationConfigMixin):
     """What an emulator's config.json says of its low-rank layers.
 
@@ -126,7 +139,7 @@ class EmlocConfig(QuantizationConfigMixin):
     def __init__(
         self, ranks: dict[str, int] | None = None, base_model: str | None = None, **_: Any
     ) -> None:
-        self.quant_method = METHOD  # type: ignore[assignment]  # not in their enum
+        self.quant_method = _Method.EMLOC  # type: ignore[assignment]  # not in their enum
         self.ranks = ranks or {}
         self.base_model = base_model
 

@@ -1,15 +1,19 @@
-"""Fold an adapter into the original: a plain checkpoint, for which transformers is enough."""
+"""Fold an adapter into the original: a plain checkpoint, which needs none of this package."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 
-from emloc.checkpoint import copy_companions
+from emloc.checkpoint import copy_companions, deciding_files, is_pipeline
+from emloc.diffusion.pipelines import DENOISERS, load_pipeline
 from emloc.files import read_json, writing
 from emloc.models import load_model
+from emloc.quiet import quiet_diffusers
 
 
 def merge_adapter(
@@ -20,9 +24,9 @@ def merge_adapter(
     dtype: torch.dtype = torch.bfloat16,
     max_shard_size: str = "5GB",
 ) -> None:
-    """Write the original with its adapter folded in, and its tokenizer and processor.
+    """Write the original with its adapter folded in, and what it is used with.
 
-    The whole original is in CPU memory meanwhile.
+    Of a diffusion pipeline, a whole one is written. The original is in CPU memory meanwhile.
 
     Args:
         model: folder of the original.
@@ -34,6 +38,9 @@ def merge_adapter(
     Raises:
         ValueError: `model` is an emulator, or the adapter does not fit it.
     """
+    if is_pipeline(model):
+        _merge_pipeline(Path(model), Path(adapter), Path(out), dtype, max_shard_size)
+        return
     if read_json(Path(model) / "config.json").get("quantization_config") is not None:
         raise ValueError(
             f"{model} is an emulator or quantised, and an adapter merges into full weights only: "
@@ -50,3 +57,17 @@ def merge_adapter(
     with writing(out) as folder:
         merged.save_pretrained(folder, max_shard_size=max_shard_size)
         copy_companions(Path(model), folder)
+
+
+def _merge_pipeline(
+    model: Path, adapter: Path, out: Path, dtype: torch.dtype, max_shard_size: str
+) -> None:
+    """The same for a pipeline, by diffusers' own means."""
+    pipeline: Any = load_pipeline(model, dtype=dtype, device="cpu", adapter=adapter)
+    pipeline.fuse_lora(components=[DENOISERS[type(pipeline).__name__]])
+    pipeline.unload_lora_weights()
+    with writing(out) as folder, quiet_diffusers():
+        pipeline.save_pretrained(folder, max_shard_size=max_shard_size)
+        for name in deciding_files(model, str(model)):  # diffusers writes its paths into configs
+            if name.endswith(".json") and not name.endswith(".index.json"):
+                shutil.copyfile(model / name, folder / name)

@@ -3,23 +3,19 @@
 - `load_model`: a model with its weights on one device
 - `open_model`: the same model on the meta device, with a `WeightStore` that knows where each
   parameter lies in the safetensors files and counts what it reads
+
+Of a diffusion pipeline, the model is its denoiser.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate.hooks import remove_hook_from_module
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,72 +23,12 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-from transformers.utils import logging as transformers_logging
 
+from emloc.checkpoint import is_denoiser, is_pipeline
+from emloc.diffusion.pipelines import load_denoiser, open_denoiser
 from emloc.files import read_json
-
-
-class Location(NamedTuple):
-    """Where one parameter is stored."""
-
-    file: Path
-    key: str
-
-
-class WeightStore:
-    """Reads parameters of a model by name from its checkpoint's own safetensors files.
-
-    Attributes:
-        locations: parameter name → file and key.
-        reads: parameter name → how often it was read.
-    """
-
-    def __init__(self, locations: dict[str, Location]) -> None:
-        self.locations = locations
-        self.reads: Counter[str] = Counter()
-
-    def read(self, names: Iterable[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """Read parameters, each file opened once, in the dtype they are stored in.
-
-        Raises:
-            KeyError: the checkpoint holds no such parameter.
-        """
-        by_file: dict[Path, list[str]] = defaultdict(list)
-        for name in names:
-            by_file[self.locations[name].file].append(name)
-        tensors = {}
-        for file, members in by_file.items():
-            with safe_open(file, framework="pt", device=str(device)) as handle:
-                for name in members:
-                    tensors[name] = handle.get_tensor(self.locations[name].key)
-                    self.reads[name] += 1
-        return tensors
-
-
-@dataclass(frozen=True)
-class OpenedModel:
-    """A model whose parameters are on the meta device, and where to read them."""
-
-    model: PreTrainedModel
-    store: WeightStore
-
-
-@contextlib.contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Silence transformers' and accelerate's warnings and bars for work that is not the user's."""
-    offloading = logging.getLogger("accelerate.big_modeling")
-    offloading_level, level = offloading.level, transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    offloading.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        offloading.setLevel(offloading_level)
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
+from emloc.quiet import quiet_libraries
+from emloc.weights import Location, OpenedModel, WeightStore
 
 
 def sees_pictures(path: os.PathLike[str] | str) -> bool:
@@ -101,19 +37,27 @@ def sees_pictures(path: os.PathLike[str] | str) -> bool:
     return model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
-def load_model(
-    path: Path | str, *, dtype: torch.dtype, device: torch.device | str
-) -> PreTrainedModel:
-    """Load a language or vision-language model, an original or an emulator, in evaluation mode.
+def load_model(path: Path | str, *, dtype: torch.dtype, device: torch.device | str) -> Any:
+    """Load a model or a denoiser, of an original or an emulator, in evaluation mode.
+
+    Args:
+        path: folder of a language or vision-language model, of a pipeline or of a denoiser.
+        dtype: of its parameters.
+        device: where to put them.
+
+    Returns:
+        A `PreTrainedModel`, or a `ModelMixin` of diffusers.
 
     Raises:
         ValueError: the checkpoint cannot be loaded; the message says why.
     """
+    if is_pipeline(path) or is_denoiser(path):
+        return load_denoiser(path, dtype=dtype, device=device)
     return _from_pretrained(path, dtype, str(device)).eval()
 
 
 def open_model(path: Path | str, *, dtype: torch.dtype) -> OpenedModel:
-    """Open a language or vision-language model, an original or an emulator, without its weights.
+    """Open a model or a denoiser, of an original or an emulator, without its weights.
 
     transformers maps the names in the files to those of the model; this takes over the map.
 
@@ -121,6 +65,8 @@ def open_model(path: Path | str, *, dtype: torch.dtype) -> OpenedModel:
         ValueError: the checkpoint cannot be opened, or transformers would have to convert its
             weights on loading, as it does with fused mixture-of-experts layers.
     """
+    if is_pipeline(path) or is_denoiser(path):
+        return open_denoiser(path, dtype=dtype)
     model = _from_pretrained(path, dtype, "disk")
     index = _offload_index(model)
     remove_hook_from_module(model, recurse=True)

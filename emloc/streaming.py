@@ -23,7 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from emloc.memory import free_math_buffers, give_back_freed_memory
-from emloc.models import OpenedModel
+from emloc.weights import OpenedModel
 
 MAX_THREADS = 256  # compute threads in all, over the threads of all batches
 

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from emloc.models import Location, OpenedModel, WeightStore, open_model
+from emloc.models import open_model
+from emloc.weights import Location, OpenedModel, WeightStore
 from tests.tiny import VOCAB_SIZE, save_tiny
 
 

@@ -18,6 +18,7 @@ import pytest
 
 from emloc.source import describe, resolve_model
 from tests.tiny import save_tiny
+from tests.tiny_diffusion import save_tiny_pipeline
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -180,3 +181,32 @@ def test_a_hub_model_with_pickles_only_is_refused(hub: Hub) -> None:
     with pytest.raises(ValueError, match="'org/tiny' has no safetensors weights"):
         resolve_model("org/tiny")
     assert "pytorch_model.bin" not in hub.served
+
+
+def test_of_a_hub_pipeline_only_what_it_needs_is_downloaded(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.folder = save_tiny_pipeline("flux", tmp_path / "p", max_shard_size="200KB")
+    for extra in ("flux1-dev.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors"):
+        (hub.folder / extra).write_bytes(b"the same weights again")
+    (hub.folder / "text_encoder" / "flax_model.msgpack").write_bytes(b"another framework's")
+    folder = resolve_model("org/tiny")
+    every = {p.relative_to(hub.folder).as_posix() for p in hub.folder.rglob("*") if p.is_file()}
+    unwanted = {name for name in every if "fp16" in name or "flax" in name or "flux1" in name}
+    assert len(unwanted) == 3 and set(hub.served) == every - unwanted
+    pointer = describe("org/tiny", folder)
+    assert (pointer["name"], pointer["revision"]) == ("org/tiny", COMMIT)
+    assert set(pointer["files"]) == every - unwanted
+    disconnect(monkeypatch)
+    assert resolve_model("org/tiny") == folder
+
+
+def test_a_hub_pipeline_of_another_class_is_refused_before_its_weights_are_read(
+    hub: Hub, tmp_path: Path
+) -> None:
+    hub.folder = save_tiny_pipeline("flux", tmp_path / "p")
+    index = hub.folder / "model_index.json"
+    index.write_text(index.read_text().replace("FluxPipeline", "SanaPipeline"))
+    with pytest.raises(ValueError, match="'SanaPipeline', and those supported are FluxPipeline"):
+        resolve_model("org/tiny")
+    assert hub.served == ["model_index.json"]

@@ -44,11 +44,11 @@ _REASONS = {
 }
 
 
-def check_lora_config(model: PreTrainedModel, config: LoraConfig) -> list[str]:
+def check_lora_config(model: nn.Module, config: LoraConfig) -> list[str]:
     """Refuse a LoRA that an emulator cannot train or that the original could not take over.
 
     Args:
-        model: the emulator (or the original) without an adapter.
+        model: the emulator (or the original) without an adapter; also a denoiser.
         config: peft's config, from `LoraSettings.config` or a user's own.
 
     Returns:
@@ -77,11 +77,11 @@ def check_lora_config(model: PreTrainedModel, config: LoraConfig) -> list[str]:
     return targets
 
 
-def _targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:
+def _targets(model: nn.Module, config: LoraConfig) -> list[str]:
     modules = {name: module for name, module in model.named_modules() if name}
     wanted: set[str] | list[str] | str = config.target_modules or []
     if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
-        head = model.get_output_embeddings()
+        head = _part(model, "get_output_embeddings")
         names = [n for n, m in modules.items() if isinstance(m, _LINEAR) and m is not head]
         wanted = set(names)
     for pattern in [wanted] if isinstance(wanted, str) else sorted(wanted):
@@ -101,7 +101,7 @@ def _targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:
     targets = [name for name in modules if check_target_module_exists(resolved, name)]
     if not targets:
         raise _no_match("target_modules", str(config.target_modules), modules)
-    embeddings = model.get_input_embeddings()
+    embeddings = _part(model, "get_input_embeddings")
     for name in targets:
         module = modules[name]
         if not isinstance(module, _LINEAR):
@@ -115,6 +115,11 @@ def _targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:
                 "embeddings, so that its LoRA could not be merged: leave it out."
             )
     return targets
+
+
+def _part(model: nn.Module, method: str) -> nn.Module | None:
+    """What a language model's method returns; None for a model without such a part."""
+    return getattr(model, method)() if hasattr(model, method) else None
 
 
 def _no_match(setting: str, pattern: str, modules: dict[str, nn.Module]) -> ValueError:
@@ -145,7 +150,7 @@ def _check_patterns(config: LoraConfig, targets: list[str]) -> None:
                 )
 
 
-def _check_saved(model: PreTrainedModel, config: LoraConfig) -> None:
+def _check_saved(model: nn.Module, config: LoraConfig) -> None:
     modules = {name: module for name, module in model.named_modules() if name}
     for ending in config.modules_to_save or []:
         found = [name for name in modules if name.endswith(ending)]

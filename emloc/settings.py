@@ -2,6 +2,7 @@
 
 - `LoraSettings`: the adapter's shape
 - `TrainSettings`: steps, batches, learning rate, precision and so on
+- `NoiseSettings`: how noise levels are drawn and weighted in training a diffusion model
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ SCHEDULES = (
     "cosine_with_restarts",
 )
 PRECISIONS = ("float32", "bfloat16")
-OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adafactor", "sgd")  # the usual ones
+OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adafactor", "sgd", "prodigy")  # the usual ones
+WEIGHTINGS = ("logit_normal", "sigma_sqrt", "mode", "cosmap", "none")
 _INITS: dict[str, bool | Literal["gaussian"]] = {"default": True, "gaussian": "gaussian"}
 
 
@@ -124,12 +126,12 @@ class LoraSettings:
                         f"{name} holds {pattern!r}, which is no valid regex ({error}): correct it."
                     ) from error
 
-    def config(self) -> LoraConfig:
-        """The same settings as peft's config of a causal language model."""
+    def config(self, task_type: str | None = "CAUSAL_LM") -> LoraConfig:
+        """The same settings as peft's config of a causal language model, or without a task."""
         from peft import LoraConfig  # loads much, and is not needed to read settings
 
         return LoraConfig(
-            task_type="CAUSAL_LM",
+            task_type=task_type,
             r=self.r,
             lora_alpha=_plain(self.alpha),
             lora_dropout=self.dropout,
@@ -155,7 +157,8 @@ class TrainSettings:
         schedule: one of `SCHEDULES`, as transformers names them.
         warmup: share of the steps in which the learning rate rises, from 0 to below 1.
         weight_decay: of the optimizer.
-        optimizer: one of transformers' `OptimizerNames`.
+        optimizer: one of transformers' `OptimizerNames`, or "prodigy", which finds its own step
+            size (learning_rate is then a factor, best left at 1).
         max_grad_norm: longer gradients are cut to this length; 0 cuts none.
         precision: "float32", or "bfloat16" for mixed precision (the LoRA stays in float32).
         gradient_checkpointing: less memory, about a third more time.
@@ -225,7 +228,7 @@ class TrainSettings:
         if self.optimizer not in OPTIMIZERS:
             from transformers.training_args import OptimizerNames  # loads much
 
-            choices["optimizer"] = tuple(entry.value for entry in OptimizerNames)
+            choices["optimizer"] = (*(e.value for e in OptimizerNames), "prodigy")
         for name, allowed in choices.items():
             value = getattr(self, name)
             require(value in allowed, name, value, f"one of {', '.join(allowed)}")
@@ -241,3 +244,43 @@ class TrainSettings:
             return self.steps
         batches = math.ceil(rows / self.batch_size)
         return math.ceil((self.epochs or 0) * math.ceil(batches / self.accumulation))
+
+
+@dataclass(kw_only=True)
+class NoiseSettings:
+    """How noise levels are drawn and weighted in training a diffusion model.
+
+    Args:
+        weighting: of a flow-matching model, one of `WEIGHTINGS` as diffusers names them:
+            "logit_normal" and "mode" draw the levels unevenly, "sigma_sqrt" and "cosmap" weight
+            the loss, "none" does neither.
+        logit_mean: of "logit_normal".
+        logit_std: of "logit_normal".
+        mode_scale: of "mode".
+        guidance: the guidance scale that a guidance-distilled transformer is told in training.
+        snr_gamma: of a UNet: levels whose signal-to-noise ratio is above it weigh less (min-SNR);
+            None weights all alike.
+
+    Raises:
+        ValueError: a value is not allowed; the message names it.
+    """
+
+    weighting: str = "logit_normal"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+    guidance: float = 1.0
+    snr_gamma: float | None = None
+
+    def __post_init__(self) -> None:
+        allowed = f"one of {', '.join(WEIGHTINGS)}"
+        require(self.weighting in WEIGHTINGS, "weighting", self.weighting, allowed)
+        for name in ("logit_mean", "mode_scale"):
+            value = getattr(self, name)
+            require(is_real(value, -math.inf), name, value, "a number")
+        for name in ("logit_std", "guidance"):
+            value = getattr(self, name)
+            require(is_real(value, 0), name, value, "a number of at least 0")
+        gamma = self.snr_gamma
+        good = gamma is None or (is_real(gamma, 0) and gamma > 0)
+        require(good, "snr_gamma", gamma, "empty or a number above 0")

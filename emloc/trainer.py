@@ -2,17 +2,14 @@
 
 - the order of the rows comes from the seed and the epoch alone
 - only the positions with a label reach the output head
-- a checkpoint counts when its last file is there and all its files are whole
+- a checkpoint holds the LoRA and what trains it; see `emloc.resume`
 - a loss or gradient that is not finite stops the run
 """
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import math
-import pickle
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +18,6 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
@@ -30,12 +26,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from emloc.files import read_json, write_json
+from emloc.files import write_json
+from emloc.resume import COMPLETE, checkpoints_in, must_fit
 
 _WEIGHTS = "adapter.safetensors"
-_COMPLETE = "complete.json"  # written last in a checkpoint: its files and their sizes
 _KEPT = 2  # checkpoints kept, so that one is left should the last be damaged
-_NAME = re.compile(r"checkpoint-(\d+)")
 
 
 class EpochOrder(Sampler[int]):
@@ -59,8 +54,82 @@ class EpochOrder(Sampler[int]):
         return iter(torch.randperm(len(self.lengths), generator=generator).tolist())
 
 
-class LoraTrainer(Trainer):
-    """transformers' Trainer with an order of rows, a validation and checkpoints of our own.
+class AdapterTrainer(Trainer):
+    """transformers' Trainer that saves and resumes nothing but the LoRA and what trains it.
+
+    A subclass says what the loss and the validation are, and in which order rows come.
+
+    Args:
+        model: model with a fresh LoRA: of peft, or any other with one of peft's inside.
+        args: the Trainer's own; `output_dir` is the folder of the checkpoints.
+        train: what the collator makes batches of, in memory.
+        collator: some of `train` → batch.
+        watch: decides when to validate and to save.
+        optimizer: see `emloc.optimize.pick_optimizer`; None is the one in `args`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        train: Sequence[Any],
+        *,
+        collator: Callable[[Sequence[Any]], dict[str, Any]],
+        watch: StepWatch,
+        optimizer: tuple[type[Any], dict[str, Any]] | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            args,
+            data_collator=cast(Any, collator),
+            train_dataset=cast(Any, train),
+            callbacks=[watch],
+            optimizer_cls_and_kwargs=optimizer,
+        )
+        self.remove_callback(PrinterCallback)
+        self.adapted, self.collator = model, collator
+        self.checkpoints = Path(str(args.output_dir))
+
+    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
+        """Not counted: it would walk over all parameters at each step."""
+        return 0
+
+    def log_validation(self, loss: float) -> dict[str, float]:
+        """Log a validation's loss, as the Trainer would."""
+        metrics = {"eval_loss": loss}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        target = Path(output_dir or self.checkpoints)
+        target.mkdir(parents=True, exist_ok=True)
+        save_file(_adapter_weights(self.adapted), target / _WEIGHTS)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = self.checkpoints / f"checkpoint-{self.state.global_step}"
+        write_json(folder / COMPLETE, {p.name: p.stat().st_size for p in folder.iterdir()})
+        for _, old in sorted(checkpoints_in(self.checkpoints))[:-_KEPT]:
+            shutil.rmtree(old)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with must_fit(self.checkpoints):
+            saved = load_file(Path(resume_from_checkpoint) / _WEIGHTS)
+            mine = _adapter_weights(self.adapted)
+            if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in mine.items()}:
+                raise ValueError("the adapter has other weights")
+            set_peft_model_state_dict(cast(PeftModel, self.adapted), saved)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with must_fit(self.checkpoints):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+
+class LoraTrainer(AdapterTrainer):
+    """Trains a language or vision-language model, with an order of rows of our own.
 
     Args:
         model: model with a fresh LoRA.
@@ -69,7 +138,7 @@ class LoraTrainer(Trainer):
         validation: examples; may be empty.
         collator: examples → batch with input_ids, attention_mask and labels, each (B, T).
         by_length: group rows of like length.
-        watch: decides when to validate and to save.
+        watch, optimizer: see `AdapterTrainer`.
     """
 
     def __init__(
@@ -82,19 +151,14 @@ class LoraTrainer(Trainer):
         collator: Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]],
         by_length: bool,
         watch: StepWatch,
+        optimizer: tuple[type[Any], dict[str, Any]] | None = None,
     ) -> None:
         super().__init__(
-            cast(nn.Module, model),
-            args,
-            data_collator=cast(Any, collator),
-            train_dataset=cast(Any, train),
-            callbacks=[watch],
+            cast(nn.Module, model), args, train, collator=collator, watch=watch, optimizer=optimizer
         )
-        self.remove_callback(PrinterCallback)
-        self.adapted, self.collator, self.by_length = model, collator, by_length
+        self.by_length = by_length
         self.lengths = [len(row["input_ids"]) for row in train]
         self.validation = sorted(validation, key=lambda row: -len(row["input_ids"]))
-        self.checkpoints = Path(str(args.output_dir))
         base = model.get_base_model()
         kept = "logits_to_keep" in inspect.signature(base.forward).parameters
         self.skips_logits = kept and self._loss_shifts_labels and self.model_accepts_loss_kwargs
@@ -102,10 +166,6 @@ class LoraTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
         group = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return EpochOrder(self.lengths, group, self.by_length, self.args.seed)
-
-    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
-        """Not counted: it would walk over all parameters at each step."""
-        return 0
 
     def compute_loss(
         self,
@@ -132,36 +192,7 @@ class LoraTrainer(Trainer):
             labels = int((inputs["labels"][:, 1:] != -100).sum())
             total += float(self.compute_loss(model, inputs)) * labels
             count += labels
-        metrics = {"eval_loss": total / count}
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
-        return metrics
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        target = Path(output_dir or self.checkpoints)
-        target.mkdir(parents=True, exist_ok=True)
-        save_file(_adapter_weights(self.adapted), target / _WEIGHTS)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        folder = self.checkpoints / f"checkpoint-{self.state.global_step}"
-        write_json(folder / _COMPLETE, {p.name: p.stat().st_size for p in folder.iterdir()})
-        for _, old in sorted(_checkpoints(self.checkpoints))[:-_KEPT]:
-            shutil.rmtree(old)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        with _must_fit(self.checkpoints):
-            saved = load_file(Path(resume_from_checkpoint) / _WEIGHTS)
-            mine = _adapter_weights(self.adapted)
-            if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in mine.items()}:
-                raise ValueError("the adapter has other weights")
-            set_peft_model_state_dict(self.adapted, saved)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with _must_fit(self.checkpoints):
-            super()._load_optimizer_and_scheduler(checkpoint)
+        return self.log_validation(total / count)
 
 
 class StepWatch(TrainerCallback):
@@ -211,63 +242,8 @@ class StepWatch(TrainerCallback):
             self.bar.close()
 
 
-def last_checkpoint(folder: Path, total: int) -> str | None:
-    """The newest whole checkpoint in `folder`; half-written ones are removed.
-
-    Raises:
-        ValueError: it is as far as the end (`total` steps) or beyond: it is another run's.
-    """
-    for step, path in sorted(_checkpoints(folder), reverse=True):
-        if not _is_whole(path):
-            shutil.rmtree(path)
-            continue
-        with _must_fit(folder):
-            if step >= total:
-                raise ValueError(f"it is at step {step} of {total}")
-        return str(path)
-    return None
-
-
-def remove_checkpoints(folder: Path) -> None:
-    """Remove the checkpoints in `folder`, and the folder when nothing else is in it."""
-    for _, path in _checkpoints(folder):
-        shutil.rmtree(path)
-    with contextlib.suppress(OSError):
-        folder.rmdir()
-
-
-def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    found = folder.iterdir() if folder.is_dir() else ()
-    named = ((_NAME.fullmatch(path.name), path) for path in found)
-    return [(int(match.group(1)), path) for match, path in named if match]
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        sizes = read_json(checkpoint / _COMPLETE)
-        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
-        return False
-
-
-def _adapter_weights(model: PeftModel) -> dict[str, Tensor]:
-    return cast(dict[str, Tensor], get_peft_model_state_dict(model, save_embedding_layers=False))
-
-
-@contextlib.contextmanager
-def _must_fit(folder: str | Path) -> Iterator[None]:
-    try:
-        yield
-    except (
-        ValueError,
-        KeyError,
-        RuntimeError,
-        OSError,
-        EOFError,
-        pickle.UnpicklingError,
-        SafetensorError,
-    ) as error:
-        raise ValueError(
-            f"the checkpoint in {folder} does not fit this run ({error}): delete that folder and "
-            "start again."
-        ) from error
+def _adapter_weights(model: nn.Module) -> dict[str, Tensor]:
+    return cast(
+        dict[str, Tensor],
+        get_peft_model_state_dict(cast(PeftModel, model), save_embedding_layers=False),
+    )

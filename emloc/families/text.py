@@ -148,6 +148,11 @@ class TextCodec:
         Raises:
             ValueError: as in `encode`; `where` starts the sentence.
         """
+        if "image" in row:
+            raise ValueError(
+                f"{where} is a picture with a caption, which only a diffusion pipeline learns: "
+                "take rows of prompt and answer, or messages."
+            )
         ids, labels = self._beginning(), list[int]()
         if self._use_template:
             pieces = self._chat.pieces(_turns(row), where)

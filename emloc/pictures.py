@@ -117,13 +117,17 @@ def _orientation(image: Image.Image) -> int:
 
 
 def pictures_of(row: Row) -> list[str]:
-    """The paths of a row's pictures, in the order of the conversation."""
+    """The paths of a row's pictures: the one with a caption, or those of the conversation."""
+    if "image" in row:
+        return [row["image"]]
     parts = (part for message in row.get("messages", ()) for part in _parts(message["content"]))
     return [part["image"] for part in parts if part["type"] == "image"]
 
 
 def with_pictures(row: Row, mapping: Callable[[str], str]) -> Row:
     """The row with `mapping` applied to the path of each picture; the given one stays as it is."""
+    if "image" in row:
+        return {**row, "image": mapping(row["image"])}
     if not pictures_of(row):
         return row
     messages = []

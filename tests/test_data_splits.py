@@ -139,7 +139,7 @@ def test_data_is_read_by_its_format(tmp_path: Path) -> None:
 
 
 def test_unknown_formats_and_subsets_are_refused(tmp_path: Path) -> None:
-    known = "jsonl, codespell, internvl, easy-vqa"
+    known = "jsonl, codespell, internvl, easy-vqa, easy-vqa-captions, dreambooth"
     assert ", ".join(FORMATS) == known
     with pytest.raises(ValueError, match=f"format 'csv' is unknown: take one of {known}"):
         read_data(tmp_path, format="csv")

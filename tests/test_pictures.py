@@ -217,6 +217,26 @@ def test_paths_are_read_and_replaced_in_order() -> None:
         assert pictures_of(plain) == [] and with_pictures(plain, str.upper) == plain
 
 
+def test_a_picture_with_a_caption_is_read_and_replaced() -> None:
+    row = {"image": "a.png", "caption": "a dog", "prior": True}
+    assert pictures_of(row) == ["a.png"]
+    assert with_pictures(row, str.upper) == {**row, "image": "A.PNG"}
+    assert row["image"] == "a.png" and pictures_of({"image": "a.png"}) == ["a.png"]
+
+
+def test_pictures_with_captions_are_copied_beside_others(tmp_path: Path) -> None:
+    first = save_picture(tmp_path / "in" / "a.JPG", seed=1)
+    other = save_picture(tmp_path / "in" / "b.png", seed=2)
+    rows = [{"image": first, "caption": "a dog"}, asking(other), {"image": first, "caption": "b"}]
+    stored = store_pictures(rows, tmp_path / "data" / "images")
+    [copy] = pictures_of(stored[0])
+    assert stored[2] == {"image": copy, "caption": "b"} and copy.endswith(".jpg")
+    assert (tmp_path / "data" / copy).read_bytes() == Path(first).read_bytes()
+    assert len(list((tmp_path / "data" / "images").iterdir())) == 2
+    with pytest.raises(ValueError, match=r"the picture .*gone\.png cannot be copied"):
+        store_pictures([{"image": str(tmp_path / "gone.png")}], tmp_path / "images")
+
+
 def test_copies_are_named_by_their_content(tmp_path: Path) -> None:
     first = save_picture(tmp_path / "in" / "a.PNG", seed=1)
     other = save_picture(tmp_path / "in" / "b.png", seed=2)

@@ -1,6 +1,7 @@
 """Formats in: files that hold training data, as lists of rows, and their seeded splits.
 
-`read_data` reads any of the formats, `split_rows` cuts the splits; `Row` says what a row is.
+`read_data` reads any of the formats, `with_caption` gives pictures one caption, `split_rows` cuts
+the splits; `Row` says what a row is.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from emloc.data.codespell import codespell_rows
-from emloc.data.easy_vqa import easy_vqa_rows
+from emloc.data.dreambooth import dreambooth_rows, with_caption
+from emloc.data.easy_vqa import easy_vqa_captions, easy_vqa_rows
 from emloc.data.internvl import internvl_rows
 from emloc.data.jsonl import read_rows
 from emloc.data.rows import Row
@@ -21,11 +23,14 @@ __all__ = [
     "SPLITS",
     "Row",
     "codespell_rows",
+    "dreambooth_rows",
+    "easy_vqa_captions",
     "easy_vqa_rows",
     "internvl_rows",
     "read_data",
     "read_rows",
     "split_rows",
+    "with_caption",
 ]
 
 _READERS: dict[str, Callable[..., list[Row]]] = {
@@ -33,8 +38,10 @@ _READERS: dict[str, Callable[..., list[Row]]] = {
     "codespell": codespell_rows,
     "internvl": internvl_rows,
     "easy-vqa": easy_vqa_rows,
+    "easy-vqa-captions": easy_vqa_captions,
+    "dreambooth": dreambooth_rows,
 }
-_WITH_SUBSETS = ("internvl", "easy-vqa")
+_WITH_SUBSETS = ("internvl", "easy-vqa", "easy-vqa-captions")
 
 FORMATS = tuple(_READERS)
 

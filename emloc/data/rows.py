@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-"""`{"prompt": str, "answer": str}` or `{"messages": [{"role": str, "content": ...}, ...]}`.
+"""To say: `{"prompt": str, "answer": str}` or `{"messages": [{"role": str, "content": ...}, ...]}`.
+To draw: `{"image": path, "caption": str}`, with `"prior": true` for a picture that only shows what
+the class looks like; the caption may be missing until `with_caption` gives one.
 
 A content is a str or, where pictures are, a list of parts `{"type": "text", "text": str}` and
 `{"type": "image", "image": path}`. Optional: `answers`, a list of all answers that metrics accept;

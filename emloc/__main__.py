@@ -15,6 +15,8 @@ from emloc.calibrate import calibrate
 from emloc.correct import correct_adapter
 from emloc.data import FORMATS, Row, read_data
 from emloc.devices import pick_device, pick_dtype
+from emloc.diffusion import commands
+from emloc.diffusion.pipelines import is_pipeline
 from emloc.emulator import cut, plan_ranks, table
 from emloc.factor_files import FactorFiles
 from emloc.families import Codec, calibration_batches, load_codec
@@ -51,8 +53,10 @@ MaxLength = Annotated[int, typer.Option(help="longest row, in tokens")]
 @app.command("calibrate")
 def calibrate_command(
     model: Model,
-    data: Data,
     out: Out,
+    data: Annotated[
+        Path | None, typer.Option(help="rows, in the format below, or what encode wrote")
+    ] = None,
     samples: Annotated[int, typer.Option(help="rows to use; 0: plain SVD")] = 64,
     target: Annotated[list[str] | None, typer.Option(help="regex of layers; repeatable")] = None,
     max_ratio: Annotated[float, typer.Option(help="largest ratio to cut at later")] = 0.9,
@@ -65,12 +69,19 @@ def calibrate_command(
 ) -> None:
     """Run samples through the original, block by block, and write its low-rank factors."""
     path = resolve_model(model)
-    codec = _codec(path, max_patches)
-    examples = _examples(codec, read_data(data, format=format_)[:samples], max_length, data)
     opened = open_model(path, dtype=pick_dtype(dtype))
+    if samples and data is None:
+        raise ValueError(f"--samples is {samples}, but there is no --data: name it, or set 0.")
+    batches: list[dict[str, Any]] = []
+    if samples and data is not None and is_pipeline(path):
+        batches = commands.noised(path, data, samples, batch_size, dtype)
+    elif samples and data is not None:
+        codec = _codec(path, max_patches)
+        examples = _examples(codec, read_data(data, format=format_)[:samples], max_length, data)
+        batches = calibration_batches(codec, examples, batch_size)
     calibrate(
         opened,
-        calibration_batches(codec, examples, batch_size),
+        batches,
         linears=select(opened.model, target or [BLOCKS], where="--target"),
         max_ratio=max_ratio,
         out=out,
@@ -281,6 +292,10 @@ def _question(text: str, images: list[Path]) -> dict[str, Any]:
     content = [*parts, {"type": "text", "text": text}]
     user, assistant = {"role": "user", "content": content}, {"role": "assistant", "content": "?"}
     return {"messages": [user, assistant]}
+
+
+for command in (commands.encode, commands.personalize, commands.draw):
+    app.command()(command)
 
 
 def main() -> None:

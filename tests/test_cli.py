@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from PIL import Image
 from typer.testing import CliRunner
 
 from emloc.__main__ import app
@@ -16,9 +18,13 @@ from emloc.files import read_jsonl
 from emloc.models import load_model
 from tests.project import ROOT, write_pictures, write_rows
 from tests.tiny import save_tiny
-from tests.tiny_vision import save_tiny_vision
+from tests.tiny_diffusion import save_tiny_pipeline
+from tests.tiny_vision import save_picture, save_tiny_vision
 
-COMMANDS = ("calibrate", "compress", "train", "correct", "merge", "convert", "generate", "evaluate")
+COMMANDS = (
+    "calibrate", "compress", "train", "correct", "merge", "convert", "generate", "evaluate",
+    "encode", "personalize", "draw",
+)  # fmt: skip
 
 
 def emloc(line: str) -> str:
@@ -113,3 +119,39 @@ def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("error: There is no model at")
     assert done.stderr.strip().count("\n") == 0
+
+
+def test_the_commands_take_diffusion_pipelines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = tmp_path
+    monkeypatch.setenv("EMLOC_CACHE", str(at / "cache"))
+    save_tiny_pipeline("flux", at / "model")
+    (at / "dog").mkdir()
+    save_picture(at / "dog/0.png", 20, 24, seed=0)
+    options = "--prompt dog --resolution 16 --max-length 16 --dtype float32"
+    emloc(f"encode {at}/model --data {at}/dog {options} --out {at}/dog.safetensors")
+    data, pipeline = f"--data {at}/dog.safetensors", f"--pipeline {at}/model"
+    emloc(f"calibrate {at}/model {data} --samples 4 --dtype float32 --out {at}/factors")
+    emloc(f"compress {at}/model --factors {at}/factors --ratio 0.5 --out {at}/emulator")
+    options = "--steps 2 --precision float32 --alpha 8 --optimizer adamw_torch --learning-rate 0.05"
+    emloc(f"personalize {at}/emulator {pipeline} {data} {options} --out {at}/raw")
+    emloc(f"correct {at}/raw --model {at}/model --emulator {at}/emulator --out {at}/corrected")
+    emloc(f"merge {at}/corrected --model {at}/model --dtype float32 --out {at}/merged")
+    asked = "--prompt dog --prompt cat --seed 1 --steps 2 --resolution 16 --dtype float32"
+    emloc(f"draw {at}/model --adapter {at}/corrected {asked} --out {at}/plugged")
+    emloc(f"draw {at}/merged {asked} --out {at}/of-merged")
+    emloc(f"draw {at}/model {asked} --out {at}/alone")
+    for name in ("00-1.png", "01-1.png"):
+        plugged, merged, alone = (
+            np.asarray(Image.open(at / folder / name)).astype(int)
+            for folder in ("plugged", "of-merged", "alone")
+        )
+        assert abs(plugged - merged).max() <= 2 < abs(plugged - alone).max()
+    assert (at / "plugged/sheet.png").exists()
+
+
+def test_plain_svd_takes_no_data_and_samples_need_some(folder: Path) -> None:
+    emloc(f"calibrate {folder}/model --samples 0 --out {folder}/plain")
+    with pytest.raises(ValueError, match="--samples is 64, but there is no --data"):
+        emloc(f"calibrate {folder}/model --out {folder}/none")

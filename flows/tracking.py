@@ -195,8 +195,12 @@ class _Runs:
             self.client.log_batch(run_id, entries[start : start + _METRICS_A_BATCH])
 
     def log_samples(self, run_id: str, results: Results) -> None:
-        samples = read_samples(results.folders["predictions"])
-        self.client.log_table(run_id, samples, "predictions.json")
+        """A table of answers, or the pictures that were drawn."""
+        folder = results.folders["predictions"]
+        if samples := read_samples(folder):
+            self.client.log_table(run_id, samples, "predictions.json")
+        else:
+            self.client.log_artifacts(run_id, str(folder), "pictures")
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag

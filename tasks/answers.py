@@ -4,26 +4,42 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+from peft import PeftModel
 from torch import nn
 
-from emloc.families import Codec
+from emloc.devices import pick_dtype
 from emloc.files import read_jsonl, write_jsonl
 from emloc.generate import generate_answers, mean_loss
 from emloc.metrics import references_of, score
+from emloc.models import load_model
 from tasks import layout
-from tasks.encoding import encode
+from tasks.encoding import codec_of, encode
 from tasks.params import Params
 
 
 def score_answers(
-    model: nn.Module,
-    codec: Codec,
+    base: Path,
+    adapter: Path | None,
     params: Params,
     *,
     label: str,
     predictions: Path,
+    device: torch.device,
 ) -> dict[str, float]:
-    """Metrics of greedy answers to the test rows; the answers go to a JSON Lines file."""
+    """Metrics of greedy answers to the test rows.
+
+    Args:
+        base: the original, or an emulator.
+        adapter: on top of it, if any.
+        label: of the progress bars.
+        predictions: where the answers go, as LABEL.jsonl.
+        device: to compute on.
+    """
+    model: nn.Module = load_model(base, dtype=pick_dtype(params.model.dtype), device=device)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, str(adapter))  # type: ignore[arg-type]
+    codec = codec_of(base, params)
     settings = params.evaluate
     rows = read_jsonl(layout.rows("test"))
     examples = encode("test", codec, params)
@@ -43,7 +59,7 @@ def score_answers(
         progress=f"{label}: loss",
     )
     write_jsonl(
-        predictions,
+        predictions / f"{label}.jsonl",
         ({**row, "prediction": answer} for row, answer in zip(rows, answers, strict=True)),
     )
     references = [references_of(row) for row in rows]

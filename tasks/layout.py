@@ -30,6 +30,11 @@ def rows(split: str) -> Path:
     return DATA / split / "rows.jsonl"
 
 
+def encoded(split: str) -> Path:
+    """The pictures and captions of a split as a diffusion pipeline's denoiser takes them."""
+    return DATA / split / "encoded.safetensors"
+
+
 def emulator(ratio: float) -> Path:
     """The emulator's checkpoint folder."""
     return ARTIFACTS / "emulators" / str(ratio)

@@ -1,145 +1,32 @@
-"""params.yaml, checked: unknown keys and bad values are refused before any work starts.
-
-The sections `train` and `train.lora` are the library's own settings; the rest is declared here.
-"""
+"""params.yaml, checked: unknown keys and bad values are refused before any work starts."""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, get_args
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
-from pydantic.dataclasses import dataclass
+from pydantic import Field, ValidationError, model_validator
 
-from emloc.settings import LoraSettings, TrainSettings
 from tasks import layout
+from tasks.sections import (
+    Calibrate,
+    Compress,
+    Correct,
+    Data,
+    Evaluate,
+    Mlflow,
+    Model,
+    Noise,
+    Pretrain,
+    Ratio,
+    Section,
+    Train,
+)
 
 PARAMS = Path("params.yaml")
-STRICT = ConfigDict(extra="forbid")
-Dtype = Literal["float32", "bfloat16"]
-MetricName = Literal[
-    "exact_match",
-    "normalized_match",
-    "token_f1",
-    "vqa_accuracy",
-    "anls",
-    "relaxed_accuracy",
-    "multiple_choice",
-]
-Ratio = Annotated[float, Field(gt=0, lt=1)]
-
-
-class Section(BaseModel):
-    """A section of params.yaml, which takes no other keys than these."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Model(Section):
-    """`model`: the original."""
-
-    source: str
-    revision: str | None = None
-    sha256: str | None = None
-    dtype: Dtype = "bfloat16"
-
-
-class Data(Section):
-    """`data`: the task's rows and how they are split and encoded."""
-
-    format: Literal["jsonl", "codespell", "internvl", "easy-vqa"]
-    source: str
-    sha256: str | None = None
-    subset: str | None = None
-    test_source: str | None = None
-    train: int = Field(ge=1)
-    validation: int = Field(ge=0)
-    test: int = Field(ge=1)
-    seed: int = Field(default=0, ge=0)
-    chat_template: bool | None = None
-    max_length: int = Field(ge=2)
-    skip_long: bool = False
-    pictures: dict[str, int | dict[str, int]] = {}
-    skip_unreadable: bool = False
-
-
-class Calibrate(Section):
-    """`calibrate`: samples of the training rows, and the layers to factorize."""
-
-    samples: int = Field(default=64, ge=0)
-    batch_size: int = Field(default=1, ge=1)
-    targets: list[str] = Field(min_length=1)
-    max_ratio: Ratio = 0.9
-    dtype: Dtype = "bfloat16"
-
-
-class Compress(Section):
-    """`compress`: which layers are cut, and at which ratio."""
-
-    targets: dict[str, float | str] = Field(min_length=1)
-
-
-Lora = dataclass(LoraSettings, config=STRICT)
-
-
-@dataclass(config=STRICT, kw_only=True)
-class Train(TrainSettings):
-    """`train`: the library's settings, and the adapter's shape in `train.lora`."""
-
-    lora: Lora = dataclasses.field(default_factory=Lora)  # type: ignore[valid-type]
-
-
-class Correct(Section):
-    """`correct`: λ, or null for no limit."""
-
-    limit: float | None = Field(default=3.0, gt=0)
-
-
-class Evaluate(Section):
-    """`evaluate`: how the test rows are answered and scored (`metrics`, the main one first), and
-    whether direct LoRA is trained to compare."""
-
-    metrics: list[MetricName] = Field(min_length=1)
-    batch_size: int = Field(default=8, ge=1)
-    max_new_tokens: int = Field(default=64, ge=1)
-    direct: bool = False
-
-    @field_validator("metrics")
-    @classmethod
-    def _named_once(cls, names: list[MetricName]) -> list[MetricName]:
-        if len(set(names)) < len(names):
-            raise ValueError(f"{names} names a metric twice: name each once")
-        return names
-
-
-class Pretrain(Section):
-    """`pretrain`: how the project makes the original itself, in artifacts/base."""
-
-    recipe: Literal["easy-vqa"]
-    source: str
-    sha256: str | None = None
-    vision_steps: int = Field(default=400, ge=1)
-    steps: int = Field(default=200, ge=1)
-    batch_size: int = Field(default=32, ge=1)
-    learning_rate: float = Field(default=0.02, gt=0)
-    seed: int = Field(default=0, ge=0)
-
-
-class Mlflow(Section):
-    """`mlflow`: where runs are logged; no stage reads it."""
-
-    experiment: str = Field(default="emloc", min_length=1)
-    tracking_uri: str = "sqlite:///mlflow.db"
 
 
 class Params(Section):
@@ -151,6 +38,7 @@ class Params(Section):
     data: Data
     calibrate: Calibrate
     compress: Compress
+    noise: Noise | None  # type: ignore[valid-type]
     train: Train
     correct: Correct
     evaluate: Evaluate
@@ -165,6 +53,29 @@ class Params(Section):
             raise ValueError(
                 f"pretrain is {known}, but model.source is {self.model.source!r}: a pretrained "
                 f"original lies in {base}, so set both or neither"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> Params:
+        parts = {
+            "data.dreambooth": self.data.dreambooth,
+            "noise": self.noise,
+            "evaluate.pictures": self.evaluate.pictures,
+        }
+        missing = [name for name, part in parts.items() if part is None]
+        if 0 < len(missing) < len(parts):
+            given = next(name for name, part in parts.items() if part is not None)
+            raise ValueError(
+                f"{given} is set, which is for diffusion pipelines, but {missing[0]} is null: set "
+                f"{', '.join(parts)} all, or none for a language model"
+            )
+        data = self.data
+        if self.noise is None and (data.train is None or not data.test or self.train.pictures):
+            raise ValueError(
+                f"data.train is {data.train}, data.test is {data.test} and train.pictures is "
+                f"{self.train.pictures}, but a language model needs numbers of at least 1 and no "
+                "pictures"
             )
         return self
 
@@ -224,10 +135,25 @@ def _sentence(error: ValidationError) -> str:
 
 def _keys_beside(place: list[str]) -> list[str]:
     """The keys that are allowed where an unknown one stands."""
-    kind: Any = Params
+    kinds: list[Any] = [Params]
     for part in place[:-1]:
-        kind = kind.model_fields[part].annotation if hasattr(kind, "model_fields") else Lora
-        kind = next((k for k in get_args(kind) if hasattr(k, "model_fields")), kind)  # X | None
-    if hasattr(kind, "model_fields"):
-        return list(kind.model_fields)
-    return [field.name for field in dataclasses.fields(kind)]
+        kinds = [
+            found
+            for kind in kinds
+            if part in (known := _keys(kind))
+            for found in _kinds(known[part])
+        ] or kinds  # the name of a union's member is no key
+    return list(dict.fromkeys(key for kind in kinds for key in _keys(kind)))
+
+
+def _keys(kind: Any) -> dict[str, Any]:
+    """The keys of a section and their types."""
+    return {name: field.annotation for name, field in kind.__pydantic_fields__.items()}
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """The sections within a type such as `Section | None`."""
+    if hasattr(annotation, "__pydantic_fields__"):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _kinds(part)

@@ -35,14 +35,15 @@ COLORS = {
 
 def quality(
     rows: Sequence[Mapping[str, Any]],
-    metrics: Sequence[str],
+    scores: Sequence[str],
     labels: Mapping[str, str],
     file: Path,
 ) -> None:
-    """The first three metrics and the loss against ratio; the original and direct LoRA as lines."""
-    titles = {name: labels[name] for name in metrics[:3]} | {"loss": "loss (nats a token)"}
+    """The first three scores and the loss against ratio; the original and direct LoRA as lines."""
+    titles = {name: labels[name] for name in [*scores[:3], "loss"]}
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(titles), figsize=(3.7 * len(titles), 3.5))
+        figure, grid = plt.subplots(1, len(titles), figsize=(3.7 * len(titles), 3.5), squeeze=False)
+        axes = grid[0]
         for axis, (metric, title) in zip(axes, titles.items(), strict=True):
             _quality_axis(axis, rows, labels, metric)
             axis.set(title=title, xlabel="ratio")

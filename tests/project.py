@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from tests.tiny import save_tiny
+from tests.tiny_diffusion import save_tiny_pipeline
 from tests.tiny_vision import save_picture, save_tiny_vision
 
 ROOT = Path(__file__).parent.parent
@@ -97,6 +98,30 @@ def make_vision_project(folder: Path, family: str = "internvl-llama") -> dict[st
     params["evaluate"]["metrics"] = ["vqa_accuracy", "exact_match"]
     params["calibrate"]["targets"] = [r".*layers?\.\d+\..*"]
     params["compress"]["targets"] = {".*": "ratio"}
+    write_params(folder, params)
+    return params
+
+
+def make_diffusion_project(folder: Path, name: str = "flux") -> dict[str, Any]:
+    """The same with a tiny diffusion pipeline, and a folder of pictures for DreamBooth."""
+    copy_code(folder)
+    inputs = folder.parent / f"{folder.name}-inputs"
+    save_tiny_pipeline(name, inputs / "model")
+    (inputs / "pictures").mkdir()
+    for number in range(5):
+        save_picture(inputs / f"pictures/{number}.png", 24, 20, seed=number)
+    params = tiny_params(inputs / "model", inputs / "pictures")
+    dreambooth = {"prompt": "a sks dog", "resolution": 16}
+    params["data"] |= {"format": "dreambooth", "train": None, "validation": 0, "test": 0}
+    params["data"] |= {"max_length": 64, "dreambooth": dreambooth}
+    params["calibrate"]["targets"] = [r".*transformer_blocks.*"]
+    params["compress"]["targets"] = {r".*transformer_blocks.*": "ratio"}
+    params["noise"] = {"weighting": "logit_normal"}
+    params["train"]["lora"]["target_modules"] = ["to_q", "to_k", "to_v"]
+    params["train"]["pictures"] = {"every": 2, "steps": 2, "guidance_scale": 1.0}
+    drawing = {"steps": 2, "guidance_scale": 1.0, "draws": 2}
+    drawing |= {"prompts": ["a sks dog", "a sks dog in the jungle"], "seeds": [0, 1]}
+    params["evaluate"] |= {"metrics": ["loss"], "pictures": drawing}
     write_params(folder, params)
     return params
 

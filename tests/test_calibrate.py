@@ -14,9 +14,10 @@ from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
 from emloc.calibrate import Moments, calibrate
 from emloc.factor_files import FactorFiles
 from emloc.files import sha256
-from emloc.models import OpenedModel, open_model
+from emloc.models import open_model
 from emloc.streaming import Stream
 from emloc.targets import select
+from emloc.weights import OpenedModel
 from tests.opened import open_module, open_tiny, unequal_batches
 from tests.test_streaming import DENSE
 from tests.tiny import tiny_model

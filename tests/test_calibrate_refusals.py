@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from emloc.models import OpenedModel, open_model
+from emloc.models import open_model
+from emloc.weights import OpenedModel
 from tests.opened import open_module, open_tiny
 from tests.test_calibrate import run
 from tests.test_streaming import Repeated, batch_threads

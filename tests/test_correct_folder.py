@@ -15,7 +15,8 @@ from torch import Tensor
 
 from emloc.correct import correct_adapter
 from emloc.files import read_json, sha256, write_json
-from emloc.models import OpenedModel, load_model, open_model
+from emloc.models import load_model, open_model
+from emloc.weights import OpenedModel
 from tests.built import BLOCKED, Built, build, python
 from tests.opened import unequal_batches
 

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from emloc.metrics import METRICS, references_of, score
 from emloc.metrics.texts import anls, exact_match, normalized_match, relaxed_accuracy, token_f1
-from tasks.params import MetricName, load_params
+from tasks.params import load_params
 from tasks.report import METRIC_LABELS
+from tasks.sections import TextMetric
 from tests.project import ROOT
 
 
@@ -240,5 +241,5 @@ def test_params_with_other_metrics_are_refused(tmp_path: Path, metrics: str, mes
 
 
 def test_params_and_report_know_all_metrics() -> None:
-    assert get_args(MetricName) == tuple(METRICS)
+    assert get_args(TextMetric) == tuple(METRICS)
     assert {*METRICS, "loss"} == set(METRIC_LABELS)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from emloc.models import OpenedModel, open_model
+from emloc.models import open_model
 from emloc.streaming import Stream, find_units
+from emloc.weights import OpenedModel
 from tests.opened import open_module, open_tiny, unequal_batches
 from tests.tiny import NAMES, save_tiny, tiny_model
 

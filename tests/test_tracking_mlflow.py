@@ -12,10 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 
-from emloc.families import load_codec
-from emloc.models import load_model
 from tasks.answers import score_answers
 from tasks.params import load_params
 from tests.project import write_params
@@ -105,13 +102,13 @@ def test_downloaded_adapters_score_as_recorded_on_the_original(
     losses = []
     for kind in ("raw", "corrected"):
         adapter = MlflowClient().download_artifacts(logged.info.run_id, f"adapters/{kind}")
-        model = load_model(Path(original), dtype=torch.float32, device="cpu")
         scores = score_answers(
-            PeftModel.from_pretrained(model, adapter),
-            load_codec(Path(original)),
+            Path(original),
+            Path(adapter),
             load_params(),
             label=kind,
-            predictions=tmp_path / f"{kind}.jsonl",
+            predictions=tmp_path,
+            device=torch.device("cpu"),
         )
         for metric, value in scores.items():
             recorded = logged.data.metrics[f"evaluate/original-{kind}/{metric}"]

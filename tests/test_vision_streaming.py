@@ -18,10 +18,11 @@ from emloc.factor_files import FactorFiles
 from emloc.families import Codec, calibration_batches, load_codec
 from emloc.finetune import finetune
 from emloc.generate import generate_answers, mean_loss
-from emloc.models import OpenedModel, load_model, open_model
+from emloc.models import load_model, open_model
 from emloc.settings import LoraSettings, TrainSettings
 from emloc.streaming import Stream
 from emloc.targets import ratios_for, select
+from emloc.weights import OpenedModel
 from tests.built import BLOCKED, python
 from tests.tiny_vision import FAMILIES, conversation, save_picture, save_tiny_vision
 

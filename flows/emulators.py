@@ -22,12 +22,8 @@ ROWS = "artifacts/data/calibration"
 FACTORS = "artifacts/factors"
 EMULATORS = "artifacts/emulators/"
 
-_STAGES = (
-    "pretrain",
-    "prepare",
-    "calibrate",
-    "compress",
-)  # in the order in which they feed one another
+# In the order in which they feed one another.
+_STAGES = ("pretrain", "prepare", "calibrate", "compress")
 _COMMAND = re.compile(rf"python -m tasks\.({'|'.join(_STAGES)})(?: (\S+))?")
 _ENTRY = re.compile(r"[0-9a-f]{64}")
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

@@ -7,6 +7,10 @@ Importing this package teaches transformers and diffusers to load emulator check
 
 from emloc import lowrank_diffusers
 from emloc.lowrank import LowRankLinear, register
+from emloc.quiet import quiet_libraries
+
+with quiet_libraries():  # diffusers' pipelines import these, which tell at length of torchvision
+    from transformers import CLIPImageProcessor, SiglipImageProcessor  # noqa: F401
 
 __all__ = ["LowRankLinear"]
 __version__ = "0.1.0"

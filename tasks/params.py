@@ -117,8 +117,15 @@ def load_params(path: Path | str = PARAMS) -> Params:
 def _sentence(error: ValidationError) -> str:
     """The first problem of a validation, in a sentence."""
     first = error.errors()[0]
-    place = [str(part) for part in first["loc"]]
+    place = _place(first["loc"])
     key = ".".join(place)
+    if first["type"] == "union_tag_invalid":
+        context = first["ctx"]
+        name = f"{key}.{context['discriminator'].strip(chr(39))}"
+        return f"{name} is {context['tag']!r}, but it must be one of {context['expected_tags']}."
+    if first["type"] == "union_tag_not_found":
+        place.append(first["ctx"]["discriminator"].strip("'"))
+        return f"{'.'.join(place)} is missing: set it (presets/ holds whole examples)."
     message = first["msg"].removeprefix("Value error, ").rstrip(".")
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = _keys_beside(place)
@@ -133,17 +140,29 @@ def _sentence(error: ValidationError) -> str:
     return f"{key} is {first['input']!r}, but {message}."
 
 
+def _place(location: tuple[int | str, ...]) -> list[str]:
+    """The keys that lead to a value, without the tags of a union's members."""
+    kinds: list[Any] = [Params]
+    place = []
+    for part in location:
+        fields = _fields(kinds, str(part))
+        if fields or not kinds or part == location[-1]:
+            place.append(str(part))
+            kinds = [kind for field in fields for kind in _kinds(field)]
+    return place
+
+
 def _keys_beside(place: list[str]) -> list[str]:
     """The keys that are allowed where an unknown one stands."""
     kinds: list[Any] = [Params]
     for part in place[:-1]:
-        kinds = [
-            found
-            for kind in kinds
-            if part in (known := _keys(kind))
-            for found in _kinds(known[part])
-        ] or kinds  # the name of a union's member is no key
+        kinds = [kind for field in _fields(kinds, part) for kind in _kinds(field)]
     return list(dict.fromkeys(key for kind in kinds for key in _keys(kind)))
+
+
+def _fields(kinds: list[Any], key: str) -> list[Any]:
+    """The types of a key in those sections that have it."""
+    return [known[key] for kind in kinds if key in (known := _keys(kind))]
 
 
 def _keys(kind: Any) -> dict[str, Any]:

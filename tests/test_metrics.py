@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emloc.metrics import METRICS, references_of, score
+from emloc.metrics.pictures import PICTURE_METRICS
 from emloc.metrics.texts import anls, exact_match, normalized_match, relaxed_accuracy, token_f1
 from tasks.params import load_params
 from tasks.report import METRIC_LABELS
-from tasks.sections import TextMetric
+from tasks.sections import MetricName, PictureMetric, TextMetric
 from tests.project import ROOT
 
 
@@ -242,4 +243,5 @@ def test_params_with_other_metrics_are_refused(tmp_path: Path, metrics: str, mes
 
 def test_params_and_report_know_all_metrics() -> None:
     assert get_args(TextMetric) == tuple(METRICS)
-    assert {*METRICS, "loss"} == set(METRIC_LABELS)
+    assert get_args(PictureMetric) == ("loss", *PICTURE_METRICS)
+    assert set(get_args(MetricName)) == set(METRIC_LABELS)

@@ -234,7 +234,7 @@ def cells(line: str) -> list[str]:
 
 def test_the_readme_shows_the_tables_columns(project: Path) -> None:
     params = load_params()
-    table = report.quality_table(report.collect_quality(params), params.evaluate.metrics)
+    table = report.quality_table(report.collect_quality(params), params.evaluate.scores)
     header = cells(table.splitlines()[0])
     assert header in [cells(line) for line in (ROOT / "README.md").read_text().splitlines()]
 

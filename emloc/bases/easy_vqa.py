@@ -14,7 +14,6 @@ Letters: B pictures, Q questions, n tokens of a picture, h features of a token.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -23,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
-from transformers import InternVLForConditionalGeneration, get_cosine_schedule_with_warmup
+from transformers import InternVLForConditionalGeneration
 
+from emloc.bases.fitting import batches_of, fit
 from emloc.bases.internvl import build_model, build_tokenizer, image_processor, save_checkpoint
 from emloc.bases.packing import ANSWERS, Packed, Packer
 from emloc.bases.questions import NOT_ASKED, Questions, read_questions
@@ -34,9 +33,6 @@ from emloc.settings import is_real, is_whole, require
 _HELD_OUT = 0.05  # share of the pictures
 _ASKED = 6  # questions in a row
 _QUESTION_WEIGHT = 0.5
-_WARMUP = 0.05  # share of the steps
-_EVERY = 50  # steps between two looks at the held-out pictures
-_ADAMW = 0.1  # its learning rate as a share of Muon's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,19 +126,16 @@ class _Batches:
     """Batches of pictures without end, in a new order each time round, half of them mirrored."""
 
     def __init__(self, questions: Questions, size: int, generator: torch.Generator) -> None:
-        self.questions, self.generator = questions, generator
-        self.size = min(size, len(questions.pictures))
+        self.questions, self.size, self.generator = questions, size, generator
 
     def __iter__(self) -> Iterator[Questions]:
-        while True:
-            order = torch.randperm(len(self.questions.pictures), generator=self.generator)
-            for start in range(0, len(order) - self.size + 1, self.size):
-                batch = self.questions.at(order[start : start + self.size])
-                mirrored = torch.rand(self.size, generator=self.generator) < 0.5
-                pictures = torch.where(
-                    mirrored[:, None, None, None], batch.pictures.flip(-1), batch.pictures
-                )
-                yield Questions(pictures, batch.texts, batch.answers)
+        for rows in batches_of(len(self.questions.pictures), self.size, self.generator):
+            batch = self.questions.at(rows)
+            mirrored = torch.rand(len(rows), generator=self.generator) < 0.5
+            pictures = torch.where(
+                mirrored[:, None, None, None], batch.pictures.flip(-1), batch.pictures
+            )
+            yield Questions(pictures, batch.texts, batch.answers)
 
 
 class _Reader(nn.Module):
@@ -156,6 +149,11 @@ class _Reader(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, n, h) → (B, Q): above 0 is yes."""
         return self.answers(self.norm(tokens).mean(1))
+
+
+def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """What Muon trains."""
+    return parameter.ndim == 2 and "embed_tokens" not in name
 
 
 def _learn_to_see(
@@ -184,7 +182,16 @@ def _learn_to_see(
         ) / weights.sum().clamp(min=1e-6)
 
     parts = nn.ModuleList([model.model.vision_tower, model.model.multi_modal_projector, reader])
-    return _train(parts, loss, batches, settings.vision_steps, settings, "see", progress)
+    return fit(
+        parts,
+        loss,
+        batches,
+        steps=settings.vision_steps,
+        learning_rate=settings.learning_rate,
+        is_matrix=_is_matrix,
+        title="see",
+        progress=progress,
+    )
 
 
 def _learn_to_answer(
@@ -207,7 +214,17 @@ def _learn_to_answer(
         losses = functional.cross_entropy(logits, truth, reduction="none")
         return (losses * weights).sum() / weights.sum()
 
-    last = _train(model, loss, batches, settings.steps, settings, "answer", progress, accuracy)
+    last = fit(
+        model,
+        loss,
+        batches,
+        steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        is_matrix=_is_matrix,
+        title="answer",
+        progress=progress,
+        look=lambda: f"accuracy={accuracy():.3f}",
+    )
     model.model.vision_tower.requires_grad_(True)
     return last
 
@@ -242,50 +259,3 @@ def _commoner_accuracy(train: Questions, held_out: Questions) -> float:
     asked = held_out.answers != NOT_ASKED
     guess = (train.yes_share() >= 0.5).long().expand_as(held_out.answers)
     return (guess == held_out.answers)[asked].float().mean().item()
-
-
-def _train(
-    part: nn.Module,
-    loss_of: Callable[[Questions], Tensor],
-    batches: Iterable[Questions],
-    steps: int,
-    settings: EasyVqaSettings,
-    title: str,
-    progress: bool,
-    accuracy: Callable[[], float] | None = None,
-) -> float:
-    """Train the parameters of `part` that need gradients; return the mean of the last losses."""
-    named = [(name, p) for name, p in part.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in named if p.ndim == 2 and "embed_tokens" not in name]
-    kept = {id(parameter) for parameter in matrices}
-    rest = [parameter for _, parameter in named if id(parameter) not in kept]
-    rate = settings.learning_rate
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, lr=rate, weight_decay=0.05),
-        torch.optim.AdamW(rest, lr=_ADAMW * rate, betas=(0.9, 0.99), weight_decay=0.0),
-    ]
-    warmup = math.ceil(_WARMUP * steps)
-    schedules = [get_cosine_schedule_with_warmup(o, warmup, steps) for o in optimizers]
-    losses: list[float] = []
-    shown: dict[str, str] = {}
-    part.train()
-    with tqdm(total=steps, desc=title, unit="step", disable=not progress) as bar:
-        for step, batch in zip(range(1, steps + 1), batches, strict=False):
-            loss = loss_of(batch)
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                raise ValueError(
-                    f"the loss became {losses[-1]} at step {step} of {title!r}: try a lower "
-                    f"learning_rate than {rate:g}."
-                )
-            loss.backward()
-            nn.utils.clip_grad_norm_([*matrices, *rest], 1.0)
-            for each in (*optimizers, *schedules):
-                each.step()
-            part.zero_grad()
-            if accuracy is not None and step % _EVERY == 0:
-                shown["accuracy"] = f"{accuracy():.3f}"
-            bar.set_postfix({"loss": f"{losses[-1]:.4f}", **shown}, refresh=False)
-            bar.update()
-    last = losses[-_EVERY:]
-    return sum(last) / len(last)

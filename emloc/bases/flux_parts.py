@@ -36,6 +36,7 @@ from emloc.quiet import quiet_diffusers, quiet_libraries
 SIDE = 64  # pixels
 FACTOR = 8  # pixels to a latent
 CHANNELS = 16  # of a latent
+SHIFT = 3.0  # of the schedule towards noise, where a picture's one shape is decided
 _WIDTH = 64  # of the text encoders
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _CLIP_TOKENS, _T5_TOKENS = 77, 512
@@ -162,7 +163,7 @@ def build_transformer(*, seed: int) -> Any:
             num_layers=2,
             num_single_layers=2,
             attention_head_dim=32,
-            num_attention_heads=5,
+            num_attention_heads=4,
             joint_attention_dim=_WIDTH,
             pooled_projection_dim=_WIDTH,
             guidance_embeds=True,
@@ -191,7 +192,7 @@ def save_pipeline(
         The pipeline, its progress bar off.
     """
     parts: dict[str, Any] = {**vars(encoders), "vae": vae, "transformer": transformer}
-    pipeline: Any = FluxPipeline(scheduler=FlowMatchEulerDiscreteScheduler(), **parts)
+    pipeline: Any = FluxPipeline(scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT), **parts)
     pipeline.set_progress_bar_config(disable=True)
     with writing(out) as folder, quiet_diffusers(), quiet_libraries():
         pipeline.save_pretrained(folder)

@@ -13,6 +13,7 @@ Letters: P pictures, B pictures of a batch, c channels of a latent, h × w its s
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from emloc.bases.captions import Captions, shorter
 from emloc.bases.fitting import batches_of, fit
 from emloc.bases.flux_parts import (
     FACTOR,
+    SHIFT,
     SIDE,
     build_encoders,
     build_transformer,
@@ -35,6 +37,7 @@ from emloc.bases.flux_parts import (
     is_modulation,
     save_pipeline,
 )
+from emloc.bases.latents import VAE_BATCH, Latents
 from emloc.data.easy_vqa import easy_vqa_captions
 from emloc.metrics.shapes import COLORS, SHAPES, measure_shape
 from emloc.pictures import load_picture
@@ -43,7 +46,6 @@ from emloc.settings import is_real, is_whole, require
 OTHER_WORDS = ("a", "an", "the", "of", "on", "and", "photo", "picture", "shape", "shapes", "sks")
 """Words beside colours and shapes that are one token; "sks" is in no caption."""
 _HELD_OUT = 0.05  # share of the other pictures
-_VAE_BATCH = 16
 _KL = 3e-3
 _SHORTER = 0.15  # share of captions that say less
 _SEEDS = 4  # pictures of a caption when the pipeline is measured
@@ -186,7 +188,7 @@ def _train_vae(
     return fit(
         vae,
         loss,
-        batches_of(len(pixels), _VAE_BATCH, generator),
+        batches_of(len(pixels), VAE_BATCH, generator),
         steps=settings.vae_steps,
         learning_rate=settings.learning_rate,
         is_matrix=lambda name, parameter: parameter.ndim > 1,
@@ -199,67 +201,11 @@ def _train_vae(
 def psnr(vae: Any, pixels: Tensor) -> float:
     """Mean over pictures (P, 3, H, W) of how well the VAE rebuilds them, in dB."""
     found = []
-    for batch in pixels.split(_VAE_BATCH):
+    for batch in pixels.split(VAE_BATCH):
         rebuilt = vae.decode(vae.encode(batch.to(vae.device)).latent_dist.mode()).sample.cpu()
         error = (rebuilt.clamp(-1, 1) - batch).square().mean((1, 2, 3))
         found.append(10 * torch.log10(4 / error))
     return torch.cat(found).mean().item()
-
-
-@dataclass(frozen=True)
-class Latents:
-    """Scaled latents of pictures and of their mirror images.
-
-    Attributes:
-        means, stds: (2, P, c, h, w) float32 of the posterior; as they are, then mirrored.
-    """
-
-    means: Tensor
-    stds: Tensor
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, vae: Any, pixels: Tensor) -> Latents:
-        """Encode pictures (P, 3, H, W); the VAE's config learns their latents' mean and spread."""
-        found: dict[str, list[Tensor]] = {"mean": [], "std": []}
-        for batch in (*pixels.split(_VAE_BATCH), *pixels.flip(-1).split(_VAE_BATCH)):
-            posterior = vae.encode(batch.to(vae.device)).latent_dist
-            for name, tensors in found.items():
-                tensors.append(getattr(posterior, name).cpu())
-        means, stds = (torch.cat(tensors).unflatten(0, (2, -1)) for tensors in found.values())
-        shift = means.mean().item()
-        scale = (means.var(correction=0) + stds.square().mean()).rsqrt().item()
-        vae.register_to_config(shift_factor=shift, scaling_factor=scale)
-        return cls((means - shift) * scale, stds * scale)
-
-    def noised(
-        self, rows: Tensor, sigma: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Noised latents of these pictures, half of them mirrored, and the velocity to learn.
-
-        The velocity noise - latents is the mean over all noise and all latents of the posterior
-        that give the noised latents: it has the same best prediction as that of one draw, and all
-        that no model could predict is gone from the loss.
-
-        Args:
-            rows: (B,) int64.
-            sigma: (B,) float32 in (0, 1), the share of noise.
-            generator: of the draws.
-
-        Returns:
-            Two tensors (B, h · w / 4, 4 · c) float32.
-        """
-        mirrored = torch.randint(2, (len(rows),), generator=generator)
-        means, stds = (_packed(part[mirrored, rows]) for part in (self.means, self.stds))
-        share = sigma[:, None, None]
-        variance = ((1 - share) * stds).square() + share.square()
-        added = variance.sqrt() * torch.randn(means.shape, generator=generator)
-        velocity = added * (share - (1 - share) * stds.square()) / variance - means
-        return (1 - share) * means + added, velocity
-
-
-def _packed(latents: Tensor) -> Tensor:
-    return FluxPipeline._pack_latents(latents, *latents.shape)
 
 
 def _train_transformer(
@@ -279,7 +225,7 @@ def _train_transformer(
     no_places = torch.zeros(captions.length, 3, device=device)
 
     def loss(rows: Tensor) -> Tensor:
-        sigma = torch.randn(len(rows), generator=generator).sigmoid()
+        sigma = (torch.randn(len(rows), generator=generator) + math.log(SHIFT)).sigmoid()
         noised, truth = latents.noised(rows, sigma, generator)
         part = torch.randint(1, said.shape[1], rows.shape, generator=generator)
         less = torch.rand(len(rows), generator=generator) < _SHORTER

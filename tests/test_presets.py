@@ -7,12 +7,13 @@ reference's own regexes, on the original layer names, are the measure.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
@@ -144,24 +145,73 @@ def test_params_choose_the_layers_of_all_blocks(name: str) -> None:
     assert lora == linears(language)
 
 
+def kept(chosen: dict[str, nn.Linear], layers: dict[str, float]) -> int:
+    """Parameters of layers at their ratios."""
+    sides = [(ratio, *chosen[layer].weight.shape) for layer, ratio in layers.items()]
+    return sum(rank_for(ratio, o, i) * (o + i) for ratio, o, i in sides)
+
+
 @pytest.mark.parametrize("name", SEEING)
 def test_sizes_in_a_preset_follow_from_the_shapes(name: str) -> None:
     params, model = load_params(FILES[name]), meta_model(MODELS[name]())
     chosen = calibrated(model, params)
 
-    def kept(layers: dict[str, float]) -> int:
-        """Parameters of layers at their ratios."""
-        sides = [(ratio, *chosen[layer].weight.shape) for layer, ratio in layers.items()]
-        return sum(rank_for(ratio, o, i) * (o + i) for ratio, o, i in sides)
-
     original = sum(weight.numel() for weight in model.parameters())
     assert round(original / 1e9, 1) == PUBLISHED[name]
     ratios = cut(model, params)
-    emulator = original - sum(chosen[layer].weight.numel() for layer in ratios) + kept(ratios)
-    factors = kept(dict.fromkeys(chosen, params.calibrate.max_ratio))
+    emulator = (
+        original - sum(chosen[layer].weight.numel() for layer in ratios) + kept(chosen, ratios)
+    )
+    factors = kept(chosen, dict.fromkeys(chosen, params.calibrate.max_ratio))
     opening = FILES[name].read_text().split("\nratios:")[0]
     for parameters in (original, emulator, factors):
         assert f"{2 * parameters / 1e9:.1f} GB" in opening
+
+
+DENOISERS: dict[str, Callable[[], nn.Module]] = {
+    "flux-dev-dreambooth": lambda: FluxTransformer2DModel(guidance_embeds=True),
+    "sd3_5-medium-dreambooth": lambda: SD3Transformer2DModel(
+        sample_size=128, num_layers=24, num_attention_heads=24, attention_head_dim=64,
+        joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048,
+        out_channels=16, pos_embed_max_size=384, dual_attention_layers=tuple(range(13)),
+        qk_norm="rms_norm",
+    ),
+    "sdxl-dreambooth": lambda: UNet2DConditionModel(
+        sample_size=128, cross_attention_dim=2048, attention_head_dim=(5, 10, 20),
+        block_out_channels=(320, 640, 1280), transformer_layers_per_block=(1, 2, 10),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    ),
+}  # fmt: skip
+BILLIONS = {"flux-dev-dreambooth": 11.9, "sd3_5-medium-dreambooth": 2.2, "sdxl-dreambooth": 2.6}
+# The layers of diffusers' DreamBooth scripts: of each block of Flux and SD3, and of the UNet.
+LORA_LAYERS = {
+    "flux-dev-dreambooth": 19 * 12 + 38 * 3,
+    "sd3_5-medium-dreambooth": 24 * 8 - 1 + 13 * 4,
+    "sdxl-dreambooth": 70 * 2 * 4,
+}
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_diffusion_presets_cut_the_blocks_and_name_their_sizes(name: str) -> None:
+    params = load_params(FILES[name])
+    with torch.device("meta"):
+        model = DENOISERS[name]()
+    chosen = select(model, params.calibrate.targets, where="calibrate.targets")
+    blocks = [m for n, m in model.named_modules() if n.endswith("transformer_blocks")]
+    assert set(chosen.values()) == linears(blocks)
+    ratios = ratios_for(chosen, params.compress.targets, params.ratios[0], where="")
+    original = sum(weight.numel() for weight in model.parameters())
+    assert round(original / 1e9, 1) == BILLIONS[name]
+    emulator = original - sum(chosen[n].weight.numel() for n in ratios) + kept(chosen, ratios)
+    factors = kept(chosen, dict.fromkeys(chosen, params.calibrate.max_ratio))
+    opening = FILES[name].read_text().split("\nratios:")[0]
+    for parameters in (original, emulator, factors):
+        assert f"{2 * parameters / 1e9:.1f} GB" in opening
+    lora = check_lora_config(model, params.train.lora.config(task_type=None))
+    assert len(lora) == LORA_LAYERS[name]
 
 
 # The reference's, with the number of the last block in place of 31.

@@ -212,7 +212,7 @@ class TinyFluxBase(Section):
     sha256: str | None = None
     held_out: str = "blue triangle"
     vae_steps: int = Field(default=500, ge=1)
-    steps: int = Field(default=4200, ge=1)
+    steps: int = Field(default=12000, ge=1)
     batch_size: int = Field(default=32, ge=1)
     learning_rate: float = Field(default=0.02, gt=0)
     seed: int = Field(default=0, ge=0)

@@ -69,7 +69,7 @@ class TinyFluxSettings:
     """
 
     vae_steps: int = 500
-    steps: int = 4200
+    steps: int = 12000
     batch_size: int = 32
     learning_rate: float = 0.02
     held_out: str = "blue triangle"

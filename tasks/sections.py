@@ -198,8 +198,8 @@ class EasyVqaBase(Section):
     source: str
     sha256: str | None = None
     vision_steps: int = Field(default=400, ge=1)
-    steps: int = Field(default=200, ge=1)
-    batch_size: int = Field(default=32, ge=1)
+    steps: int = Field(default=150, ge=1)
+    batch_size: int = Field(default=64, ge=1)
     learning_rate: float = Field(default=0.02, gt=0)
     seed: int = Field(default=0, ge=0)
 

@@ -31,7 +31,7 @@ from emloc.bases.questions import NOT_ASKED, Questions, read_questions
 from emloc.settings import is_real, is_whole, require
 
 _HELD_OUT = 0.05  # share of the pictures
-_ASKED = 6  # questions in a row
+_ASKED = 3  # questions in a row
 _QUESTION_WEIGHT = 0.5
 
 
@@ -51,8 +51,8 @@ class EasyVqaSettings:
     """
 
     vision_steps: int = 400
-    steps: int = 200
-    batch_size: int = 32
+    steps: int = 150
+    batch_size: int = 64
     learning_rate: float = 0.02
 
     def __post_init__(self) -> None:

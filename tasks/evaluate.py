@@ -6,13 +6,14 @@ from emloc.files import write_json
 from tasks import layout
 from tasks.original import find_original
 from tasks.params import Params
-from tasks.scoring import score
+from tasks.scoring import scorer_of
 from tasks.stage import costing, main_with_ratio
 
 
 def run(params: Params, ratio: float) -> None:
     """One model is in memory at a time."""
     path, _ = find_original(params)
+    score = scorer_of(params)
     folder = layout.results(ratio)
     emulator = layout.emulator(ratio)
     places = {

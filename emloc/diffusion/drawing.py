@@ -19,13 +19,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from emloc.diffusion.pipelines import DENOISERS
+from emloc.diffusion.pipelines import DENOISERS, GUIDED, denoiser_of
 from emloc.settings import is_real, is_whole, require
 
 Prompt = str | dict[str, Tensor]
 POSITIVE = ("prompt_embeds", "pooled_prompt_embeds")
 NEGATIVE = tuple(f"negative_{name}" for name in POSITIVE)
-_GUIDED = ("StableDiffusion3Pipeline", "StableDiffusionXLPipeline")
 
 
 @dataclass
@@ -114,7 +113,7 @@ def draw(
     total, call = len(prompts) * len(seeds), cast(Any, pipeline)
     drawn: list[list[Image.Image]] = []
     with (
-        _evaluating(_denoiser(pipeline)),
+        _evaluating(denoiser_of(pipeline)),
         tqdm(total=total, desc=progress, unit="picture", disable=progress is None) as bar,
     ):
         for prompt in prompts:
@@ -137,7 +136,7 @@ def _check_settings(pipeline: Any, settings: DrawSettings) -> None:
             f"resolution is {resolution}, but pictures of a {type(pipeline).__name__} with this "
             f"VAE have multiples of {step} pixels: write {near}."
         )
-    if settings.negative_prompt is not None and type(pipeline).__name__ not in _GUIDED:
+    if settings.negative_prompt is not None and type(pipeline).__name__ not in GUIDED:
         raise ValueError(
             f"negative_prompt is {settings.negative_prompt!r}, but a {type(pipeline).__name__} "
             "takes none: leave it out."
@@ -187,23 +186,19 @@ def _arguments(pipeline: Any, prompt: Prompt, settings: DrawSettings) -> dict[st
             arguments["max_sequence_length"] = settings.max_sequence_length
         return {**arguments, "prompt": prompt}
     names = [name for name in POSITIVE + (NEGATIVE if guided else ()) if name in prompt]
-    place = {"device": pipeline._execution_device, "dtype": _denoiser(pipeline).dtype}
+    place = {"device": pipeline._execution_device, "dtype": denoiser_of(pipeline).dtype}
     return {**arguments, **{name: prompt[name].to(**place) for name in names}}
 
 
 def _is_guided(pipeline: Any, settings: DrawSettings) -> bool:
     """Whether the pipeline's call needs a negative prompt."""
-    return type(pipeline).__name__ in _GUIDED and settings.guidance_scale > 1
+    return type(pipeline).__name__ in GUIDED and settings.guidance_scale > 1
 
 
 def _negates_nothing(pipeline: Any, settings: DrawSettings) -> bool:
     """Whether the pipeline takes zeros for a negative prompt that is not given (SDXL's way)."""
     zeros: bool = pipeline.config.get("force_zeros_for_empty_prompt", False)
     return zeros and settings.negative_prompt is None
-
-
-def _denoiser(pipeline: Any) -> Any:
-    return getattr(pipeline, DENOISERS[type(pipeline).__name__])
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ from emloc.weights import Location, OpenedModel, WeightStore
 
 __all__ = [
     "DENOISERS",
+    "GUIDED",
     "denoiser_folder",
     "denoiser_of",
     "is_denoiser",
@@ -46,6 +47,8 @@ DENOISERS = {
     "StableDiffusion3Pipeline": "transformer",
     "StableDiffusionXLPipeline": "unet",
 }
+GUIDED = ("StableDiffusion3Pipeline", "StableDiffusionXLPipeline")
+"""Those whose guidance runs the denoiser on a negative prompt, too; Flux is told a number."""
 
 
 def pipeline_class(path: os.PathLike[str] | str) -> type[DiffusionPipeline]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from emloc.checkpoint import MODEL_INDEX
-from emloc.diffusion.pipelines import denoiser_folder, pipeline_class
+from emloc.diffusion.pipelines import GUIDED, denoiser_folder, pipeline_class
 from emloc.files import read_json
 from emloc.quiet import quiet_diffusers, quiet_libraries
 
@@ -70,7 +70,7 @@ def _encode(
 ) -> dict[str, Tensor]:
     """What the pipeline's own encoders make of one prompt."""
     name, arguments = type(pipeline).__name__, {"prompt": prompt, **options}
-    if name.startswith("StableDiffusion"):
+    if name in GUIDED:
         arguments["do_classifier_free_guidance"] = False
     if name.startswith("StableDiffusion3"):
         arguments |= {"prompt_2": None, "prompt_3": None}
@@ -83,7 +83,7 @@ def _encode(
 def _needs_negative(path: str | os.PathLike[str], name: str) -> bool:
     """Whether guidance compares with an empty prompt, and not with zeros or nothing at all."""
     zeros = read_json(Path(path) / MODEL_INDEX).get("force_zeros_for_empty_prompt", False)
-    return name.startswith("StableDiffusion") and not zeros
+    return name in GUIDED and not zeros
 
 
 def _length(name: str, wanted: int | None) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from diffusers.training_utils import (
 )
 from torch import Tensor
 
-from emloc.diffusion.pipelines import pipeline_class
+from emloc.diffusion.pipelines import denoiser_folder, pipeline_class
 from emloc.families.noising import Batch, DiffusionFamily, Drawn, draw_seed
 from emloc.files import read_json
 from emloc.settings import NoiseSettings
@@ -178,11 +178,11 @@ class _SDXL(DiffusionFamily):
         return Batch(inputs, target, weights, drawn.prior)
 
 
-_FAMILIES: dict[str, tuple[type[DiffusionFamily], str]] = {
-    "FluxPipeline": (_Flux, "transformer"),
-    "FluxKontextPipeline": (_Flux, "transformer"),
-    "StableDiffusion3Pipeline": (_SD3, "transformer"),
-    "StableDiffusionXLPipeline": (_SDXL, "unet"),
+_FAMILIES: dict[str, type[DiffusionFamily]] = {
+    "FluxPipeline": _Flux,
+    "FluxKontextPipeline": _Flux,
+    "StableDiffusion3Pipeline": _SD3,
+    "StableDiffusionXLPipeline": _SDXL,
 }
 
 
@@ -192,5 +192,5 @@ def load_family(path: str | os.PathLike[str]) -> DiffusionFamily:
     Raises:
         ValueError: the folder holds no pipeline, or one that is not supported.
     """
-    kind, part = _FAMILIES[pipeline_class(path).__name__]
-    return kind(Path(path), read_json(Path(path) / part / "config.json"))
+    kind = _FAMILIES[pipeline_class(path).__name__]
+    return kind(Path(path), read_json(denoiser_folder(path) / "config.json"))

@@ -16,13 +16,13 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import GenerationConfig
 
 from emloc.families import Codec
 from emloc.families.text import IGNORED, prompt_ids
+from emloc.models import evaluating
 
 
 def generate_answers(
@@ -64,7 +64,7 @@ def generate_answers(
     )
     prompts = [{**example, "input_ids": prompt_ids(example)} for example in examples]
     answers = [""] * len(prompts)
-    with _evaluating(model), _generation_config(base, settings):
+    with evaluating(model), _generation_config(base, settings):
         for rows in _batches(prompts, batch_size, progress):
             inputs = _prompt_batch(codec, [prompts[row] for row in rows], base)
             output = base.generate(**inputs, generation_config=settings)
@@ -99,7 +99,7 @@ def mean_loss(
     """
     base = _base_model(model)
     total, count = 0.0, 0
-    with _evaluating(model):
+    with evaluating(model):
         for rows in _batches(examples, batch_size, progress):
             batch = codec.collate([examples[row] for row in rows], side="right")
             loss, tokens = _batch_loss(base, {k: v.to(base.device) for k, v in batch.items()})
@@ -156,19 +156,6 @@ def _base_model(model: nn.Module) -> Any:
     """The model that LoRA layers were put into, or the model itself."""
     unwrap = getattr(model, "get_base_model", None)
     return model if unwrap is None else unwrap()
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every module is put back into the mode it had."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextlib.contextmanager

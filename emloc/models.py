@@ -3,13 +3,16 @@
 - `load_model`: a model with its weights on one device
 - `open_model`: the same model on the meta device, with a `WeightStore` that knows where each
   parameter lies in the safetensors files and counts what it reads
+- `evaluating`: for the length of a `with` block, a model in eval mode without gradients
 
 Of a diffusion pipeline, the model is its denoiser.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +57,19 @@ def load_model(path: Path | str, *, dtype: torch.dtype, device: torch.device | s
     if is_pipeline(path) or is_denoiser(path):
         return load_denoiser(path, dtype=dtype, device=device)
     return _from_pretrained(path, dtype, str(device)).eval()
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; every module is put back into the mode it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def open_model(path: Path | str, *, dtype: torch.dtype) -> OpenedModel:

@@ -7,9 +7,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from emloc.diffusion.pipelines import DENOISERS, GUIDED, denoiser_of
+from emloc.models import evaluating
 from emloc.settings import is_real, is_whole, require
 
 Prompt = str | dict[str, Tensor]
@@ -113,7 +113,7 @@ def draw(
     total, call = len(prompts) * len(seeds), cast(Any, pipeline)
     drawn: list[list[Image.Image]] = []
     with (
-        _evaluating(denoiser_of(pipeline)),
+        evaluating(denoiser_of(pipeline)),
         tqdm(total=total, desc=progress, unit="picture", disable=progress is None) as bar,
     ):
         for prompt in prompts:
@@ -199,15 +199,3 @@ def _negates_nothing(pipeline: Any, settings: DrawSettings) -> bool:
     """Whether the pipeline takes zeros for a negative prompt that is not given (SDXL's way)."""
     zeros: bool = pipeline.config.get("force_zeros_for_empty_prompt", False)
     return zeros and settings.negative_prompt is None
-
-
-@contextlib.contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode inside; each module's own mode again afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from emloc.diffusion.encoding import Encoded
 from emloc.families.diffusion import DiffusionFamily, draw_seed
+from emloc.models import evaluating
 from emloc.settings import NoiseSettings, is_whole, require
 
 _SCORED = 1  # tells these seeds from those of training
@@ -38,7 +39,6 @@ def fixed_draws(pictures: int, draws: int, seed: int) -> list[tuple[int, int, fl
     ]
 
 
-@torch.no_grad()
 def mean_noise_loss(
     denoiser: ModelMixin,
     family: DiffusionFamily,
@@ -74,13 +74,12 @@ def mean_noise_loss(
     if not len(encoded):
         raise ValueError("there are no pictures to score a denoiser with: give at least one.")
     model: Any = denoiser
-    training, plan = model.training, fixed_draws(len(encoded), draws, seed)
-    model.eval()
+    plan = fixed_draws(len(encoded), draws, seed)
     total = 0.0
     starts = range(0, len(plan), batch_size)
-    for start in tqdm(starts, progress, unit="batch", disable=progress is None):
-        total += _errors(model, family, encoded, plan[start : start + batch_size], noise)
-    model.train(training)
+    with evaluating(denoiser):
+        for start in tqdm(starts, progress, unit="batch", disable=progress is None):
+            total += _errors(model, family, encoded, plan[start : start + batch_size], noise)
     return total / len(plan)
 
 

@@ -37,10 +37,12 @@ def quality(
     rows: Sequence[Mapping[str, Any]],
     scores: Sequence[str],
     labels: Mapping[str, str],
+    loss: str,
     file: Path,
 ) -> None:
-    """The first three scores and the loss against ratio; the original and direct LoRA as lines."""
-    titles = {name: labels[name] for name in [*scores[:3], "loss"]}
+    """The first three scores and the loss, titled `loss`, against ratio; the original and direct
+    LoRA as lines."""
+    titles = {name: labels[name] for name in scores[:3]} | {"loss": loss}
     with plt.rc_context(STYLE):
         figure, grid = plt.subplots(1, len(titles), figsize=(3.7 * len(titles), 3.5), squeeze=False)
         axes = grid[0]
@@ -96,8 +98,8 @@ def layers(by_ratio: Mapping[float, Sequence[Mapping[str, str]]], file: Path) ->
         plt.close(figure)
 
 
-def training(curves: Mapping[str, Sequence[Mapping[str, float]]], file: Path) -> None:
-    """Training loss (lines) and validation loss (dots) against steps."""
+def training(curves: Mapping[str, Sequence[Mapping[str, float]]], loss: str, file: Path) -> None:
+    """Training loss (lines) and validation loss (dots), both called `loss`, against steps."""
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(7, 3.8))
         for index, (label, rows) in enumerate(curves.items()):
@@ -109,7 +111,7 @@ def training(curves: Mapping[str, Sequence[Mapping[str, float]]], file: Path) ->
             if held_out:
                 points = zip(*held_out, strict=True)
                 axis.plot(*points, "o", color=color, label=f"{label}, validation")
-        axis.set(xlabel="step", ylabel="loss (nats a token)", ylim=(0, None))
+        axis.set(xlabel="step", ylabel=loss, ylim=(0, None))
         axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
         figure.savefig(file)
         plt.close(figure)

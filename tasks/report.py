@@ -42,6 +42,7 @@ LABELS = METRIC_LABELS | {
 }
 STAGES = ("compress", "train", "correct", "evaluate")
 SHEET, CONTACT = "predictions.html", "pictures.png"
+LOSS_OF_ANSWERS, LOSS_OF_PICTURES = "loss (nats a token)", "loss (squared error)"
 OF_ANSWERS = "loss is in nats a token of the answer"
 OF_PICTURES = (
     "loss is the mean squared error of what the denoiser predicts, at noise that no training saw"
@@ -62,9 +63,10 @@ def run(params: Params) -> None:
         folder.mkdir()
         write_csv(folder / "quality.csv", list(quality[0]), quality)
         write_csv(folder / "costs.csv", list(costs[0]), costs)
-        plots.quality(quality, params.evaluate.scores, LABELS, folder / "quality.png")
+        loss = LOSS_OF_ANSWERS if params.noise is None else LOSS_OF_PICTURES
+        plots.quality(quality, params.evaluate.scores, LABELS, loss, folder / "quality.png")
         plots.layers(layers, folder / "layers.png")
-        plots.training(curves, folder / "training.png")
+        plots.training(curves, loss, folder / "training.png")
         plots.costs(costs, folder / "costs.png")
         if params.noise is None:
             original = read_json(layout.POINTER)["name"]

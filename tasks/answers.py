@@ -33,7 +33,7 @@ def score_answers(
         base: the original, or an emulator.
         adapter: on top of it, if any.
         label: of the progress bars.
-        predictions: where the answers go, as LABEL.jsonl.
+        predictions: where the answers go, `.jsonl` added to its name.
         device: to compute on.
     """
     model: nn.Module = load_model(base, dtype=pick_dtype(params.model.dtype), device=device)
@@ -59,7 +59,7 @@ def score_answers(
         progress=f"{label}: loss",
     )
     write_jsonl(
-        predictions / f"{label}.jsonl",
+        predictions.with_name(f"{predictions.name}.jsonl"),
         ({**row, "prediction": answer} for row, answer in zip(rows, answers, strict=True)),
     )
     references = [references_of(row) for row in rows]

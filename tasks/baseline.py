@@ -24,7 +24,7 @@ def run(params: Params) -> None:
                 adapter,
                 params,
                 label=way,
-                predictions=layout.BASELINE / "predictions",
+                predictions=layout.predictions(way, None),
                 device=device,
             )
             for way, adapter in ways.items()

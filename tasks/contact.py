@@ -13,7 +13,7 @@ from emloc.files import read_jsonl
 from emloc.pictures import load_picture
 from tasks import layout
 from tasks.params import Params
-from tasks.sheet import predictions_of, spread
+from tasks.sheet import spread
 
 COLUMNS = 8
 
@@ -37,7 +37,7 @@ def write_contact(
     drawn = [drawn[place] for place in spread(len(drawn), COLUMNS)]
     rows = [("real pictures", _real(len(drawn)))]
     for row in quality:
-        folder = predictions_of(row["way"], row["ratio"])
+        folder = layout.predictions(row["way"], row["ratio"])
         ratio = "" if row["ratio"] is None else f", ratio {row['ratio']}"
         pictures = [load_picture(str(folder / name), name) for name, _, _ in drawn]
         rows.append((labels[row["way"]] + ratio, pictures))

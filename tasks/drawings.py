@@ -37,7 +37,7 @@ def score_drawings(
         base: the original, or an emulator of it.
         adapter: on top of it, if any.
         label: of the progress bars.
-        predictions: where the pictures go, as LABEL/PROMPT-SEED.png.
+        predictions: folder for the pictures, PROMPT-SEED.png.
         device: to compute on.
     """
     path, _ = find_original(params)
@@ -64,7 +64,7 @@ def score_drawings(
         ),
         progress=f"{label}: pictures",
     )
-    _save(pictures, settings.seeds, predictions / label)
+    _save(pictures, settings.seeds, predictions)
     loss = mean_noise_loss(
         denoiser_of(pipeline),
         load_family(path),
@@ -85,7 +85,7 @@ def _scores(
     """The metrics of params.yaml but for the loss."""
     settings = params.evaluate.pictures
     assert settings is not None
-    rows = [row for row in read_jsonl(layout.rows("test")) if not row.get("prior")]
+    rows = read_jsonl(layout.rows("test"))
     return picture_scores(
         [name for name in params.evaluate.metrics if name != "loss"],
         pictures,

@@ -28,7 +28,7 @@ def run(params: Params, ratio: float) -> None:
                 *places[way],
                 params,
                 label=way,
-                predictions=folder / "predictions",
+                predictions=layout.predictions(way, ratio),
                 device=device,
             )
     write_json(folder / "evaluate.json", metrics)

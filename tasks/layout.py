@@ -48,3 +48,9 @@ def adapter(ratio: float, kind: str) -> Path:
 def results(ratio: float) -> Path:
     """The folder of a ratio's metrics, curves and predictions."""
     return RESULTS / str(ratio)
+
+
+def predictions(way: str, ratio: float | None) -> Path:
+    """Where a way's predictions lie: a folder of pictures, or with `.jsonl` added, answers."""
+    folder = BASELINE if ratio is None else results(ratio)
+    return folder / "predictions" / way

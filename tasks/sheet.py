@@ -44,7 +44,7 @@ def write_sheet(
         | {"label": labels[row["way"]], "value": row[metric]}
         for row in quality
     ]
-    files = [predictions_of(score["way"], score["ratio"]) for score in scores]
+    files = [layout.predictions(score["way"], score["ratio"]) for score in scores]
     said = [read_jsonl(file.with_name(f"{file.name}.jsonl")) for file in files]
     total = len(said[0])
     rows = []
@@ -62,12 +62,6 @@ def spread(total: int, count: int) -> list[int]:
     """At most `count` of the numbers from 0 to `total`, evenly spread, with the first."""
     count = min(total, count)
     return [place * total // count for place in range(count)]
-
-
-def predictions_of(way: str, ratio: float | None) -> Path:
-    """Where a way's predictions lie: a folder of pictures, or with `.jsonl` added, answers."""
-    folder = layout.BASELINE if ratio is None else layout.results(ratio)
-    return folder / "predictions" / way
 
 
 def _row(

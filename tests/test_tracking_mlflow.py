@@ -107,7 +107,7 @@ def test_downloaded_adapters_score_as_recorded_on_the_original(
             Path(adapter),
             load_params(),
             label=kind,
-            predictions=tmp_path,
+            predictions=tmp_path / kind,
             device=torch.device("cpu"),
         )
         for metric, value in scores.items():

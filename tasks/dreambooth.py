@@ -35,17 +35,23 @@ def prepare_pictures(path: Path, params: Params) -> Counter[str]:
     splits["train"] = splits["train"] + prior
     encoded = _encode(path, params, known + prior)
     write_splits(splits)
-    places = {row["image"]: place for place, row in enumerate(known + prior)}
+    places = {_key(row): place for place, row in enumerate(known + prior)}
     for name, members in splits.items():
-        encoded.at([places[row["image"]] for row in members]).save(layout.encoded(name))
+        encoded.at([places[_key(row)] for row in members]).save(layout.encoded(name))
     return left_out
+
+
+def _key(row: Row) -> tuple[str, bool]:
+    """What tells a row from others; a picture of the subject can be a class picture, too."""
+    return row["image"], "prior" in row
 
 
 def split(data: Data, left_out: Counter[str]) -> Splits:
     """The rows of all splits; those with broken pictures are refused, or left out and counted."""
     rows = _captioned(data.source, data, left_out)
     if data.test_source is not None:
-        test = _sample(_captioned(data.test_source, data, left_out), data.test, data)
+        others = _captioned(data.test_source, data, left_out)
+        test = _sample([row for row in others if row not in rows], data.test, data)
         rest = split_rows(rows, sizes=_sizes(len(rows), data, test=0), seed=data.seed)
         return {**rest, "test": test}
     return split_rows(rows, sizes=_sizes(len(rows), data, test=data.test), seed=data.seed)
@@ -101,10 +107,15 @@ def _draw_class(path: Path, params: Params, prior: Prior) -> list[Path]:
     """Class pictures drawn by the original; an interrupted stage goes on where it stopped."""
     data = params.data
     assert data.dreambooth is not None
-    settings = prior.model_dump(include={"prompt", "steps", "guidance_scale"})
-    settings |= {"seed": data.seed, "resolution": data.dreambooth.resolution}
+    settings = DrawSettings(
+        steps=prior.steps,
+        guidance_scale=prior.guidance_scale,
+        resolution=data.dreambooth.resolution,
+        max_sequence_length=data.max_length,
+    )
     model = describe(params.model.source, path, revision=params.model.revision)["fingerprint"]
-    key = digest({**settings, "model": model}, [])
+    made_by = {"model": model, "dtype": params.model.dtype, "prompt": prior.prompt}
+    key = digest({**made_by, "seed": data.seed, "settings": settings}, [])
     pipeline = load_pipeline(
         path,
         dtype=pick_dtype(params.model.dtype),
@@ -117,12 +128,7 @@ def _draw_class(path: Path, params: Params, prior: Prior) -> list[Path]:
         prior.count,
         folder=layout.CHECKPOINTS / f"class-{key}",
         seed=data.seed,
-        settings=DrawSettings(
-            steps=prior.steps,
-            guidance_scale=prior.guidance_scale,
-            resolution=data.dreambooth.resolution,
-            max_sequence_length=data.max_length,
-        ),
+        settings=settings,
     )
 
 

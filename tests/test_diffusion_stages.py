@@ -163,6 +163,28 @@ def test_class_pictures_of_a_folder(project: Callable[..., Path], tmp_path: Path
         run_stage("prepare")
 
 
+def test_pictures_of_the_subject_can_be_class_pictures_too(project: Callable[..., Path]) -> None:
+    folder = project()
+    source = str(folder.parent / "project-inputs/pictures")
+    params = load_params().model_dump(mode="json")
+    params["data"]["dreambooth"]["prior"] = {"prompt": "a dog", "count": 5, "source": source}
+    write_params(folder, params)
+    run_stage("prepare")
+    train = Encoded.load(folder / "artifacts/data/train/encoded.safetensors")
+    assert train.prior.tolist() == [False] * 5 + [True] * 5
+    assert train.captions.tolist() == [0] * 5 + [1] * 5
+
+
+def test_test_pictures_are_none_of_the_training_source(project: Callable[..., Path]) -> None:
+    folder = project()
+    source = str(folder.parent / "project-inputs/pictures")
+    params = load_params().model_dump(mode="json")
+    params["data"] |= {"test_source": source, "test": 2}
+    write_params(folder, params)
+    with pytest.raises(ValueError, match="there are 0 different rows"):
+        run_stage("prepare")
+
+
 def test_plain_svd_needs_no_samples(project: Callable[..., Path]) -> None:
     folder = project(calibrate={"samples": 0})
     run_stage("prepare")

@@ -16,7 +16,7 @@ from emloc.correct import correct_adapter
 from emloc.data import FORMATS, Row, read_data
 from emloc.devices import pick_device, pick_dtype
 from emloc.diffusion import commands
-from emloc.diffusion.pipelines import is_pipeline
+from emloc.diffusion.pipelines import is_denoiser, is_pipeline
 from emloc.emulator import cut, plan_ranks, table
 from emloc.factor_files import FactorFiles
 from emloc.families import Codec, calibration_batches, load_codec
@@ -69,16 +69,16 @@ def calibrate_command(
 ) -> None:
     """Run samples through the original, block by block, and write its low-rank factors."""
     path = resolve_model(model)
-    opened = open_model(path, dtype=pick_dtype(dtype))
+    batches: list[dict[str, Any]] = []
     if samples and data is None:
         raise ValueError(f"--samples is {samples}, but there is no --data: name it, or set 0.")
-    batches: list[dict[str, Any]] = []
-    if samples and data is not None and is_pipeline(path):
-        batches = commands.noised(path, data, samples, batch_size, dtype)
-    elif samples and data is not None:
+    if samples and is_pipeline(path):
+        batches = commands.noised(path, Path(str(data)), samples, batch_size, dtype)
+    elif samples:
         codec = _codec(path, max_patches)
-        examples = _examples(codec, read_data(data, format=format_)[:samples], max_length, data)
-        batches = calibration_batches(codec, examples, batch_size)
+        rows = read_data(str(data), format=format_)[:samples]
+        batches = calibration_batches(codec, _examples(codec, rows, max_length, data), batch_size)
+    opened = open_model(path, dtype=pick_dtype(dtype))
     calibrate(
         opened,
         batches,
@@ -159,6 +159,11 @@ def train_command(
 
 
 def _codec(path: Path, max_patches: int | None) -> Codec:
+    if is_pipeline(path) or is_denoiser(path):
+        raise ValueError(
+            f"{path} is of a diffusion pipeline, which neither reads nor answers rows: train it "
+            "with `personalize`, and let it `draw`."
+        )
     return load_codec(path, pictures={} if max_patches is None else {"max_patches": max_patches})
 
 

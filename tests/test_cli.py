@@ -149,6 +149,13 @@ def test_the_commands_take_diffusion_pipelines(
         )
         assert abs(plugged - merged).max() <= 2 < abs(plugged - alone).max()
     assert (at / "plugged/sheet.png").exists()
+    for line in (
+        f"generate {at}/model --prompt dog",
+        f"train {at}/emulator --data {at}/rows.jsonl --out {at}/no",
+        f"evaluate {at}/model --data {at}/rows.jsonl --out {at}/no",
+    ):
+        with pytest.raises(ValueError, match="is of a diffusion pipeline.*`personalize`"):
+            emloc(line)
 
 
 def test_plain_svd_takes_no_data_and_samples_need_some(folder: Path) -> None:

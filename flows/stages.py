@@ -173,7 +173,7 @@ def run_dvc(*arguments: str, log: Callable[[str], None] = print) -> list[str]:
         StageError: it failed.
     """
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments]
-    process = psutil.Popen(
+    process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env=_environment(),
     )  # fmt: skip
@@ -191,22 +191,27 @@ def stop_all() -> None:
     """End every dvc command that `run_dvc` started, with the stages that they run."""
     with _guard:
         started = list(_started)
-    processes = [member for process in started for member in _tree(process)]
-    for process in processes:
+    below = [child for process in started for child in _below(process)]
+    for process in (*started, *below):  # dvc first: it would end well when its stage ends
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
-    _, alive = psutil.wait_procs(processes, timeout=_STOP_SECONDS)
-    for process in alive:
+    _, alive = psutil.wait_procs(below, timeout=_STOP_SECONDS)
+    for child in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    for process in started:  # by Popen, whose exit code `run_dvc` waits for as well
+        try:
+            process.wait(timeout=_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
             process.kill()
 
 
-_started: set[psutil.Popen] = set()
+_started: set[subprocess.Popen] = set()
 _guard = threading.Lock()
 
 
 @contextlib.contextmanager
-def _stoppable(process: psutil.Popen) -> Iterator[None]:
+def _stoppable(process: subprocess.Popen) -> Iterator[None]:
     """Keep a process among those that `stop_all` ends."""
     with _guard:
         _started.add(process)
@@ -217,10 +222,10 @@ def _stoppable(process: psutil.Popen) -> Iterator[None]:
             _started.discard(process)
 
 
-def _tree(process: psutil.Process) -> list[psutil.Process]:
-    """A process and all below it; first itself, so that it does not end well when they end."""
+def _below(process: subprocess.Popen) -> list[psutil.Process]:
+    """All that a process started, and what those started."""
     try:
-        return [process, *process.children(recursive=True)]
+        return psutil.Process(process.pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 import shutil
@@ -10,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from tasks.params import load_params
 from tests.tiny import save_tiny
 from tests.tiny_diffusion import save_tiny_pipeline
 from tests.tiny_vision import save_picture, save_tiny_vision
@@ -146,3 +148,8 @@ def write_pictures(folder: Path, count: int = 44) -> None:
 def write_params(folder: Path, params: dict[str, Any]) -> None:
     """Write a project's params.yaml."""
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+
+
+def run_stage(name: str, *arguments: Any) -> None:
+    """Run a stage of the project in the current directory, in this process."""
+    importlib.import_module(f"tasks.{name}").run(load_params(), *arguments)

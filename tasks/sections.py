@@ -1,6 +1,7 @@
 """The sections of params.yaml, with the values that each key may have.
 
-`train`, `train.lora` and `noise` are the library's own settings; the rest is declared here.
+`train`, `train.lora`, `noise` and what a base's recipe takes are the library's own settings; the
+rest is declared here.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
+from emloc.bases.settings import EasyVqaSettings, TinyFluxSettings
 from emloc.metrics.pictures import check_picture_metrics
 from emloc.settings import LoraSettings, NoiseSettings, TrainSettings
 
@@ -191,31 +193,24 @@ class Evaluate(Section):
         return [*self.metrics, *({"loss"} - set(self.metrics))]
 
 
-class EasyVqaBase(Section):
+@dataclass(config=STRICT, kw_only=True, frozen=True)
+class EasyVqaBase(EasyVqaSettings):
     """`pretrain`: a vision-language model that the project trains itself, in artifacts/base."""
 
     recipe: Literal["easy-vqa"]
     source: str
     sha256: str | None = None
-    vision_steps: int = Field(default=400, ge=1)
-    steps: int = Field(default=150, ge=1)
-    batch_size: int = Field(default=64, ge=1)
-    learning_rate: float = Field(default=0.02, gt=0)
-    seed: int = Field(default=0, ge=0)
+    seed: Annotated[int, Field(ge=0)] = 0
 
 
-class TinyFluxBase(Section):
+@dataclass(config=STRICT, kw_only=True, frozen=True)
+class TinyFluxBase(TinyFluxSettings):
     """`pretrain`: a text-to-image pipeline that the project trains itself, in artifacts/base."""
 
     recipe: Literal["tiny-flux"]
     source: str
     sha256: str | None = None
-    held_out: str = "blue triangle"
-    vae_steps: int = Field(default=500, ge=1)
-    steps: int = Field(default=12000, ge=1)
-    batch_size: int = Field(default=32, ge=1)
-    learning_rate: float = Field(default=0.02, gt=0)
-    seed: int = Field(default=0, ge=0)
+    seed: Annotated[int, Field(ge=0)] = 0
 
 
 Pretrain = Annotated[EasyVqaBase | TinyFluxBase, Field(discriminator="recipe")]

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,39 +27,11 @@ from emloc.bases.fitting import batches_of, fit
 from emloc.bases.internvl import build_model, build_tokenizer, image_processor, save_checkpoint
 from emloc.bases.packing import ANSWERS, Packed, Packer
 from emloc.bases.questions import NOT_ASKED, Questions, read_questions
-from emloc.settings import is_real, is_whole, require
+from emloc.bases.settings import EasyVqaSettings
 
 _HELD_OUT = 0.05  # share of the pictures
 _ASKED = 3  # questions in a row
 _QUESTION_WEIGHT = 0.5
-
-
-@dataclass(frozen=True, kw_only=True)
-class EasyVqaSettings:
-    """How long and how fast to train.
-
-    Args:
-        vision_steps: steps in which the vision tower learns to see.
-        steps: steps in which the language model learns to answer.
-        batch_size: pictures in a step.
-        learning_rate: the highest one, of Muon; AdamW, which trains all but the matrices, takes a
-            tenth.
-
-    Raises:
-        ValueError: a value is not allowed; the message names it.
-    """
-
-    vision_steps: int = 400
-    steps: int = 150
-    batch_size: int = 64
-    learning_rate: float = 0.02
-
-    def __post_init__(self) -> None:
-        for name in ("vision_steps", "steps", "batch_size"):
-            value = getattr(self, name)
-            require(is_whole(value, 1), name, value, "a whole number of at least 1")
-        rate = self.learning_rate
-        require(is_real(rate, 0) and rate > 0, "learning_rate", rate, "a number above 0")
 
 
 def build_base(

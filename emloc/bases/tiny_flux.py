@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,10 +37,10 @@ from emloc.bases.flux_parts import (
     save_pipeline,
 )
 from emloc.bases.latents import VAE_BATCH, Latents
+from emloc.bases.settings import TinyFluxSettings
 from emloc.data.easy_vqa import easy_vqa_captions
 from emloc.metrics.shapes import COLORS, SHAPES, measure_shape
 from emloc.pictures import load_picture
-from emloc.settings import is_real, is_whole, require
 
 OTHER_WORDS = ("a", "an", "the", "of", "on", "and", "photo", "picture", "shape", "shapes", "sks")
 """Words beside colours and shapes that are one token; "sks" is in no caption."""
@@ -50,39 +49,6 @@ _KL = 3e-3
 _SHORTER = 0.15  # share of captions that say less
 _SEEDS = 4  # pictures of a caption when the pipeline is measured
 _STEPS = 20  # of drawing them
-
-
-@dataclass(frozen=True, kw_only=True)
-class TinyFluxSettings:
-    """How long and how fast to train, and what to leave out.
-
-    Args:
-        vae_steps: steps of the VAE, of 16 pictures at most.
-        steps: steps of the transformer.
-        batch_size: pictures in one of those.
-        learning_rate: the highest one, of Muon; AdamW, which trains all but the matrices, takes a
-            tenth.
-        held_out: the concept that no training shows: a colour and a shape.
-
-    Raises:
-        ValueError: a value is not allowed; the message names it.
-    """
-
-    vae_steps: int = 500
-    steps: int = 12000
-    batch_size: int = 32
-    learning_rate: float = 0.02
-    held_out: str = "blue triangle"
-
-    def __post_init__(self) -> None:
-        for name in ("vae_steps", "steps", "batch_size"):
-            value = getattr(self, name)
-            require(is_whole(value, 1), name, value, "a whole number of at least 1")
-        rate = self.learning_rate
-        require(is_real(rate, 0) and rate > 0, "learning_rate", rate, "a number above 0")
-        known = {f"{color} {shape}" for color in COLORS for shape in SHAPES}
-        allowed = f"a colour ({', '.join(COLORS)}) and a shape ({', '.join(SHAPES)})"
-        require(self.held_out in known, "held_out", self.held_out, allowed)
 
 
 def build_pipeline(

@@ -1,13 +1,14 @@
 """transformers' Trainer, made to resume to the bit on a CPU and to waste no work.
 
 - the order of the rows comes from the seed and the epoch alone
-- only the positions with a label reach the output head
+- only the positions with a label reach the output head, chunk by chunk where they are many
 - a checkpoint holds the LoRA and what trains it; see `emloc.resume`
 - a loss or gradient that is not finite stops the run
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 import shutil
@@ -27,6 +28,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from emloc.files import write_json
+from emloc.loss import LossInChunks
 from emloc.resume import COMPLETE, checkpoints_in, must_fit
 
 _WEIGHTS = "adapter.safetensors"
@@ -162,6 +164,7 @@ class LoraTrainer(AdapterTrainer):
         base = model.get_base_model()
         kept = "logits_to_keep" in inspect.signature(base.forward).parameters
         self.skips_logits = kept and self._loss_shifts_labels and self.model_accepts_loss_kwargs
+        self.chunks = LossInChunks(base)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
         group = self.args.train_batch_size * self.args.gradient_accumulation_steps
@@ -175,11 +178,16 @@ class LoraTrainer(AdapterTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The model's own loss, with logits at the positions that have a label and no others."""
+        parts: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if self.skips_logits:
             labels = nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)  # (B, T)
             mask = labels != -100
-            inputs = {**inputs, "logits_to_keep": mask, "shift_labels": labels[mask]}
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            chosen = labels[mask]
+            inputs = {**inputs, "logits_to_keep": mask, "shift_labels": chosen}
+            if self.chunks.wanted(len(chosen)):
+                parts = self.chunks.applied()
+        with parts:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:

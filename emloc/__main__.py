@@ -28,6 +28,7 @@ from emloc.internvl import convert
 from emloc.merge import merge_adapter
 from emloc.metrics import METRICS, references_of, score
 from emloc.models import load_model, open_model
+from emloc.plan.command import plan
 from emloc.settings import LoraSettings, TrainSettings
 from emloc.source import describe, resolve_model
 from emloc.targets import BLOCKS, SWEPT, ratios_for, select
@@ -299,7 +300,7 @@ def _question(text: str, images: list[Path]) -> dict[str, Any]:
     return {"messages": [user, assistant]}
 
 
-for command in (commands.encode, commands.personalize, commands.draw):
+for command in (commands.encode, commands.personalize, commands.draw, plan):
     app.command()(command)
 
 

@@ -42,6 +42,14 @@ def pick_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def free_bytes(device: torch.device) -> int:
+    """Memory of a device that nothing takes; on a CPU what the system could give."""
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().available)
+    module = torch.get_device_module(device)
+    return int(module.mem_get_info(device)[0])
+
+
 def describe_machine() -> dict[str, Any]:
     """Processor, accelerator, memory and versions: what a reader needs to judge a measured figure,
     and nothing private."""

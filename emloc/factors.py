@@ -50,6 +50,12 @@ def rank_for(ratio: float, out_features: int, in_features: int) -> int:
     return max(1, int(ratio * out_features * in_features / (out_features + in_features)))
 
 
+def factors_bytes(out_features: int, in_features: int, ratio: float, itemsize: int = 2) -> int:
+    """Bytes of a layer's factors up to a ratio, with all its eigenvalues, on the disk."""
+    rank = rank_for(ratio, out_features, in_features)
+    return itemsize * rank * (out_features + in_features) + 8 * min(out_features, in_features)
+
+
 def top_eigenvectors(symmetric: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """All eigenvalues (clamped at 0) and the first eigenvectors (columns), falling, float64."""
     values, vectors = torch.linalg.eigh(symmetric.double())

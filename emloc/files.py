@@ -17,19 +17,32 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from emloc.sizes import show_gib
+
 
 @contextlib.contextmanager
-def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def writing(path: str | os.PathLike[str], *, size: int = 0) -> Iterator[Path]:
     """Yield a path beside `path` to create as a file or a folder; rename it onto `path` at the end.
 
     What stood at `path` is replaced on success only. On an exception the partial result is removed
     and `path` is left as it was.
 
+    Args:
+        path: of the file or folder.
+        size: bytes that it will take, if they are known.
+
     Raises:
+        ValueError: there is less room on the disk than `size`.
         FileNotFoundError: the body ended without creating the yielded path.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(path.parent).free
+    if free < size:
+        raise ValueError(
+            f"{path} will take {show_gib(size)}, but its disk has only {show_gib(free)} left: make "
+            "room first (dvc gc removes what no run needs any more), or move the project."
+        )
     holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
     try:
         partial = holder / path.name

@@ -2,6 +2,7 @@
 
 - `training_arguments`: the Trainer's own, from `TrainSettings`
 - `pick_optimizer`: Prodigy, which the Trainer does not know; plain words for a missing package
+- `state_bytes`: what an optimizer keeps of each trained number
 - `history`: the rows of a training's curve
 """
 
@@ -40,6 +41,16 @@ def pick_optimizer(settings: TrainSettings) -> tuple[type[Any], dict[str, Any]] 
     if _BITSANDBYTES.fullmatch(settings.optimizer):
         _need("bitsandbytes", settings.optimizer)
     return None
+
+
+def state_bytes(optimizer: str) -> int:
+    """Bytes of state that an optimizer keeps for each trained number, which is in float32; those of
+    two moments for an optimizer that is not known here."""
+    if optimizer in ("sgd", "adafactor"):  # the second keeps rows and columns
+        return 0
+    if optimizer == PRODIGY:
+        return 16  # two moments, the start and the sum that finds the step size
+    return 2 if "8bit" in optimizer else 8
 
 
 def _need(package: str, optimizer: str) -> None:

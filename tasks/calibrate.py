@@ -25,7 +25,7 @@ def run(params: Params) -> None:
     settings = params.calibrate
     path, _ = find_original(params)
     inputs = _inputs(path, params) if settings.samples else []
-    with costing(layout.RESULTS / "calibrate.cost.json", params) as device:
+    with costing(layout.RESULTS / "calibrate.cost.json", params, "calibrate") as device:
         opened = open_model(path, dtype=pick_dtype(params.model.dtype))
         calibrate(
             opened,

@@ -21,7 +21,7 @@ def run(params: Params, ratio: float) -> None:
     path, _ = find_original(params)
     dtype = pick_dtype(params.model.dtype)
     folder = layout.results(ratio)
-    with costing(folder / "correct.cost.json", params) as device:
+    with costing(folder / "correct.cost.json", params, "correct", ratio) as device:
         layers = correct_adapter(
             layout.adapter(ratio, "raw"),
             open_model(path, dtype=dtype),

@@ -24,6 +24,7 @@ def run(params: Params) -> None:
     path, pointer = find_original(params)
     fit(
         params,
+        ratio=None,
         model=path,
         base_name=pointer["name"],
         adapter=layout.DIRECT_ADAPTER,

@@ -22,7 +22,7 @@ def run(params: Params, ratio: float) -> None:
         "original-corrected": (path, layout.adapter(ratio, "corrected")),
     }
     metrics = {}
-    with costing(folder / "evaluate.cost.json", params) as device:
+    with costing(folder / "evaluate.cost.json", params, "evaluate", ratio) as device:
         for way in layout.WAYS:
             metrics[way] = score(
                 *places[way],

@@ -24,11 +24,19 @@ CURVE = ("step", "loss", "learning_rate", "grad_norm", "eval_loss")
 
 
 def fit(
-    params: Params, *, model: Path, base_name: str, adapter: Path, results: Path, inputs: list[Path]
+    params: Params,
+    *,
+    ratio: float | None,
+    model: Path,
+    base_name: str,
+    adapter: Path,
+    results: Path,
+    inputs: list[Path],
 ) -> None:
     """Train LoRA on the checkpoint at `model` and write the adapter, train.csv and train.json.
 
     Args:
+        ratio: of the emulator; None for the original.
         model: an emulator, or the original.
         base_name: what the adapter names as its base.
         adapter, results: where to write.
@@ -41,10 +49,11 @@ def fit(
     key = digest(settings, [*inputs, *splits])
     checkpoints = layout.CHECKPOINTS / f"{results.name}-{key}"
     checkpoints.parent.mkdir(parents=True, exist_ok=True)
+    stage = "direct" if ratio is None else "train"
     # Another clone that shares the checkpoints may be training this very adapter.
     with (
         FileLock(f"{checkpoints}.lock"),
-        costing(results / "train.cost.json", params) as device,
+        costing(results / "train.cost.json", params, stage, ratio) as device,
     ):
         if params.noise is None:
             history = _fit_model(params, model, base_name, adapter, checkpoints, device)

@@ -17,6 +17,7 @@ from tasks.sections import (
     Correct,
     Data,
     Evaluate,
+    Memory,
     Mlflow,
     Model,
     Noise,
@@ -34,6 +35,7 @@ class Params(Section):
 
     ratios: Annotated[list[Ratio], Field(min_length=1)]
     device: str = "auto"
+    memory: Memory = Memory()
     model: Model
     data: Data
     calibrate: Calibrate

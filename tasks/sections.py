@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 from emloc.bases.settings import EasyVqaSettings, TinyFluxSettings
 from emloc.metrics.pictures import check_picture_metrics
 from emloc.settings import LoraSettings, NoiseSettings, TrainSettings
+from emloc.sizes import parse_size
 
 STRICT = ConfigDict(extra="forbid")
 Dtype = Literal["float32", "bfloat16"]
@@ -214,6 +215,24 @@ class TinyFluxBase(TinyFluxSettings):
 
 
 Pretrain = Annotated[EasyVqaBase | TinyFluxBase, Field(discriminator="recipe")]
+
+
+class Memory(Section):
+    """`memory`: what a stage may take; no stage depends on it."""
+
+    budget: str | None = None
+
+    @field_validator("budget")
+    @classmethod
+    def _is_a_size(cls, budget: str | None) -> str | None:
+        if budget is not None:
+            parse_size(budget)
+        return budget
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """The budget in bytes."""
+        return None if self.budget is None else parse_size(self.budget)
 
 
 class Mlflow(Section):

@@ -11,16 +11,17 @@ from pathlib import Path
 
 import torch
 
-from emloc.devices import describe_machine, pick_device
+from emloc.devices import describe_machine, free_bytes, pick_device
 from emloc.files import write_json
 from emloc.memory import measure
+from emloc.sizes import show_gib
 from tasks.params import Params, load_params
 
 
 def main(run: Callable[[Params], None]) -> None:
     """Run a stage that no ratio changes: `python -m tasks.NAME`."""
     _parser(run).parse_args()
-    with _one_sentence():
+    with one_sentence():
         run(load_params())
 
 
@@ -29,7 +30,7 @@ def main_with_ratio(run: Callable[[Params, float], None]) -> None:
     parser = _parser(run)
     parser.add_argument("ratio", type=float, help="one of params.yaml's ratios")
     arguments = parser.parse_args()
-    with _one_sentence():
+    with one_sentence():
         params = load_params()
         if arguments.ratio not in params.ratios:
             raise ValueError(
@@ -46,7 +47,7 @@ def _parser(run: Callable[..., None]) -> argparse.ArgumentParser:
 
 
 @contextlib.contextmanager
-def _one_sentence() -> Iterator[None]:
+def one_sentence() -> Iterator[None]:
     """Print bad input as one sentence and exit with 1; everything else is a bug and keeps its
     traceback."""
     try:
@@ -56,9 +57,39 @@ def _one_sentence() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def costing(file: Path, params: Params) -> Iterator[torch.device]:
-    """Hand out the device to work on; write seconds, peak memory and the machine to `file`."""
+def costing(
+    file: Path, params: Params, stage: str | None = None, ratio: float | None = None
+) -> Iterator[torch.device]:
+    """Hand out the device to work on; write seconds, peak memory and the machine to `file`.
+
+    With `memory.budget` set, a stage that is named is planned first, and its planned peak written
+    beside the measured one.
+
+    Raises:
+        ValueError: the stage does not fit the budget, or ran out of memory all the same.
+    """
     device = pick_device(params.device)
-    with measure(device) as cost:
+    planned = None
+    if stage is not None and params.memory.budget is not None:
+        from tasks.budget import check  # not above: no artifact depends on a plan
+
+        planned = check(params, stage, ratio)
+    with _memory_explained(stage or file.name.partition(".")[0], device), measure(device) as cost:
         yield device
-    write_json(file, {**asdict(cost), "machine": describe_machine()})
+    write_json(file, {**asdict(cost), "planned_bytes": planned, "machine": describe_machine()})
+
+
+@contextlib.contextmanager
+def _memory_explained(stage: str, device: torch.device) -> Iterator[None]:
+    """Turn "out of memory" into a sentence; others may have filled the device meanwhile."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not known and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise ValueError(
+            f"{stage} ran out of memory on {device}, where {show_gib(free_bytes(device))} is free "
+            "now: see python -m tasks.plan for what it takes and what fits, then lower a batch "
+            "size or the ratio, set train.gradient_checkpointing, or free the device."
+        ) from error

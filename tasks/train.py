@@ -13,6 +13,7 @@ def run(params: Params, ratio: float) -> None:
     """Needs no more memory than running the emulator and its gradients through the adapter."""
     fit(
         params,
+        ratio=ratio,
         model=layout.emulator(ratio),
         base_name=read_json(layout.POINTER)["name"],
         adapter=layout.adapter(ratio, "raw"),

@@ -120,6 +120,20 @@ def load_denoiser(
     return model.to(device).eval()
 
 
+def empty_denoiser(path: os.PathLike[str] | str, *, dtype: torch.dtype) -> ModelMixin:
+    """A denoiser, of an original or an emulator, with its parameters on the meta device and those
+    of its buffers that its config says."""
+    kind, config = _class_and_config(denoiser_folder(path))
+    quantization = config.pop("quantization_config", None)
+    with quiet_diffusers(), _default_dtype(dtype), init_empty_weights():
+        model = kind.from_config(config)
+    if quantization is not None:
+        replace_linears(model, quantization["ranks"])
+        model.register_to_config(quantization_config=EmlocConfig.from_dict(quantization))
+    _keep_in_float32(model)
+    return model
+
+
 def open_denoiser(path: os.PathLike[str] | str, *, dtype: torch.dtype) -> OpenedModel:
     """Open a denoiser, of an original or an emulator, with its parameters on the meta device.
 
@@ -129,19 +143,13 @@ def open_denoiser(path: os.PathLike[str] | str, *, dtype: torch.dtype) -> Opened
         ValueError: the checkpoint is incomplete or no denoiser; the message says what it lacks.
     """
     folder = denoiser_folder(path)
-    kind, config = _class_and_config(folder)
-    quantization = config.pop("quantization_config", None)
+    quantization = _class_and_config(folder)[1].get("quantization_config")
     if quantization is not None and quantization.get("quant_method") != METHOD:
         raise ValueError(
             f"{folder} is quantised (method {quantization.get('quant_method', 'unknown')!r}), and "
             "only full weights can be streamed: name the unquantised checkpoint."
         )
-    with quiet_diffusers(), _default_dtype(dtype), init_empty_weights():
-        model = kind.from_config(config)
-    if quantization is not None:
-        replace_linears(model, quantization["ranks"])
-        model.register_to_config(quantization_config=EmlocConfig.from_dict(quantization))
-    _keep_in_float32(model)
+    model = empty_denoiser(folder, dtype=dtype)
     store = WeightStore(_locations(folder))
     missing = [name for name, _ in model.named_parameters() if name not in store.locations]
     if missing:

@@ -1,0 +1,254 @@
+"""Ratios side by side: what each takes, how fast it trains, and what would still fit.
+
+Peaks at all ratios follow from a few trainings that are run without data: weights are counted, and
+what is computed is linear in ratio and batch, near enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from emloc.devices import pick_dtype
+from emloc.factors import factors_bytes
+from emloc.memory import anonymous_bytes
+from emloc.plan.loaded import Step, generate_peak, train_step
+from emloc.plan.peak import PARTS, Peak
+from emloc.plan.streamed import calibrate_peak, correct_peak
+from emloc.plan.subject import Subject
+from emloc.plan.tracking import bytes_of
+from emloc.plan.work import Rows, Work
+from emloc.settings import LoraSettings, TrainSettings
+from emloc.sizes import GIB, show_gib
+from emloc.targets import select
+
+_ACCELERATOR_OVERHEAD = GIB * 3 // 4  # its context and its libraries' own workspaces
+STEP = 0.01  # between the ratios that are tried
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What calibrate is to do.
+
+    Attributes:
+        work: the largest batch; None for the plain SVD.
+        batches: how many there are.
+        max_ratio: up to which layers are factorized.
+        targets: regexes of the layers to factorize; None takes those that are cut.
+    """
+
+    work: Work | None
+    batches: int
+    max_ratio: float
+    targets: Sequence[str] | None = None
+
+
+@dataclass(frozen=True)
+class Option:
+    """A ratio, and what it takes.
+
+    Attributes:
+        emulator_bytes: of its weights, in memory and on the disk.
+        train: the peak of training on it.
+        speed: tokens a second, relative to direct LoRA, by the FLOPs of a step.
+        fits: whether training does.
+        most_rows, longest: the largest batch at this length, and the longest row in this batch,
+            that fit; None where that cannot be said.
+    """
+
+    ratio: float
+    emulator_bytes: int
+    train: Peak
+    speed: float
+    fits: bool
+    most_rows: int
+    longest: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planner:
+    """Answers what a plan asks; every answer is worked out once.
+
+    Attributes:
+        subject: the model.
+        dtype: that the original runs in; training has its own precision.
+        work: training's largest batch.
+        lora, settings: of training.
+        calibration: what calibrate is to do.
+        prompts: the largest batch that is answered; None for a denoiser.
+        new_tokens: of an answer, at most.
+        device: where all this will run.
+        budget_bytes: what may be taken there, what is there anyway included.
+        progress: show a bar.
+    """
+
+    subject: Subject
+    dtype: torch.dtype
+    work: Work
+    lora: LoraSettings
+    settings: TrainSettings
+    calibration: Calibration
+    prompts: Rows | None
+    new_tokens: int
+    device: torch.device
+    budget_bytes: int
+    progress: bool = False
+
+    @property
+    def overhead_bytes(self) -> int:
+        """What is taken before anything is loaded: an accelerator's context, or on a CPU the
+        interpreter with its libraries."""
+        return anonymous_bytes() if self.device.type == "cpu" else _ACCELERATOR_OVERHEAD
+
+    @cached_property
+    def calibrate(self) -> Peak:
+        """The peak of calibrating."""
+        model = self.subject.build(self.dtype)
+        return calibrate_peak(
+            model,
+            self.calibration.work,
+            batches=self.calibration.batches,
+            targets=self._factorized(model),
+            max_ratio=self.calibration.max_ratio,
+            device=self.device,
+        )
+
+    @cached_property
+    def generate(self) -> Peak | None:
+        """The peak of answering with the original, or None for a denoiser."""
+        if self.prompts is None:
+            return None
+        model = self.subject.build(self.dtype)
+        return generate_peak(model, self.prompts, new_tokens=self.new_tokens, device=self.device)
+
+    def correct(self, ratio: float) -> Peak:
+        """The peak of correcting an adapter."""
+        model = self.subject.build(self.dtype)
+        ranks = self.subject.ranks(ratio, model)
+        return correct_peak(ranks, model, self.lora.r, self.device)
+
+    @cached_property
+    def direct(self) -> Peak:
+        """The peak of direct LoRA on the original."""
+        return self._direct.peak
+
+    def train(self, ratio: float) -> Peak:
+        """The peak of training on the emulator of a ratio."""
+        return self._step(self.subject.emulator(ratio, self._trained), self.work).peak
+
+    def factors_bytes(self) -> int:
+        """Of the factors on the disk, in bfloat16, with their eigenvalues."""
+        model = self.subject.build(self.dtype)
+        layers = [model.get_submodule(name) for name in self._factorized(model)]
+        ratio = self.calibration.max_ratio
+        return sum(factors_bytes(layer.out_features, layer.in_features, ratio) for layer in layers)
+
+    def option(self, ratio: float) -> Option:
+        """What a ratio takes; quick once the first was asked for."""
+        weights = bytes_of(self.subject.emulator(ratio, self._trained))
+        low, high = self._ends
+        share = (ratio - self._lowest) / (self._highest - self._lowest)
+        peak = replace(_between(low.peak, high.peak, share), weights=weights)
+        flops = low.flops + share * (high.flops - low.flops)
+        free = self.budget_bytes - self.overhead_bytes
+        by_row, by_token = self._growth
+        room = free - peak.total
+        longest = None
+        if isinstance(self.work, Rows):
+            longest = max(0, int(self.work.tokens + room // by_token))
+        return Option(
+            ratio,
+            weights,
+            peak,
+            self._direct.flops / flops,
+            room >= 0,
+            max(0, int(self.work.batch_size + room // by_row)),
+            longest,
+        )
+
+    def options(self, ratios: Sequence[float]) -> Iterator[Option]:
+        """What each ratio takes."""
+        with tqdm(total=5, desc="plan", unit="model", disable=not self.progress) as bar:
+            for part in ("_direct", "_ends", "_growth"):
+                getattr(self, part)
+                bar.update(1 if part == "_direct" else 2)
+        for ratio in ratios:
+            yield self.option(ratio)
+
+    def largest_ratio(self) -> float:
+        """The largest ratio, in steps of `STEP`, whose training fits, checked without data.
+
+        Raises:
+            ValueError: none does; the message says what the least would be.
+        """
+        ratios = [round(n * STEP, 2) for n in range(1, round(self._highest / STEP) + 1)]
+        for ratio in reversed(ratios):
+            if self.option(ratio).fits and self._fits(self.train(ratio)):
+                return ratio
+        least = self.overhead_bytes + self.train(ratios[0]).total
+        raise ValueError(
+            f"no emulator can be trained in {show_gib(self.budget_bytes)}: at ratio {ratios[0]} it "
+            f"takes {show_gib(least)}. Allow more, or lower train.batch_size or the length of the "
+            "rows, or set train.gradient_checkpointing."
+        )
+
+    @property
+    def _trained(self) -> torch.dtype:
+        return pick_dtype(self.settings.precision)
+
+    def _factorized(self, model: Any) -> list[str]:
+        patterns = self.calibration.targets
+        if patterns is None:
+            return list(self.subject.ranks(self._highest, model))
+        return list(select(model, patterns, where="calibrate.targets"))
+
+    def _fits(self, peak: Peak) -> bool:
+        return self.overhead_bytes + peak.total <= self.budget_bytes
+
+    @property
+    def _lowest(self) -> float:
+        return min(0.05, self._highest / 2)
+
+    @property
+    def _highest(self) -> float:
+        return self.calibration.max_ratio
+
+    @cached_property
+    def _direct(self) -> Step:
+        return self._step(self.subject.build(self._trained), self.work)
+
+    @cached_property
+    def _ends(self) -> tuple[Step, Step]:
+        low, high = (self.subject.emulator(r, self._trained) for r in (self._lowest, self._highest))
+        return self._step(low, self.work), self._step(high, self.work)
+
+    @cached_property
+    def _growth(self) -> tuple[float, float]:
+        """Bytes that one more row, and one more token in each row, add."""
+        base = self._ends[0].peak.total
+        if not isinstance(self.work, Rows):
+            return max(1.0, self._ends[0].peak.activations / self.work.batch_size), 1.0
+        rows, tokens = self.work.batch_size, self.work.tokens
+        more = [self.work.resized(2 * rows, tokens), self.work.resized(rows, 2 * tokens)]
+        peaks = [
+            self._step(self.subject.emulator(self._lowest, self._trained), work).peak.total
+            for work in more
+        ]
+        return max(1.0, (peaks[0] - base) / rows), max(1.0, (peaks[1] - base) / tokens)
+
+    def _step(self, model: Any, work: Work) -> Step:
+        return train_step(model, work, lora=self.lora, settings=self.settings, device=self.device)
+
+
+def _between(low: Peak, high: Peak, share: float) -> Peak:
+    """Linear between two peaks; `share` 0 is the first, 1 the second."""
+    parts = {
+        part: round(getattr(low, part) + share * (getattr(high, part) - getattr(low, part)))
+        for part in PARTS
+    }
+    return Peak(**parts)

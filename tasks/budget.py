@@ -35,7 +35,12 @@ def planner_of(params: Params, *, progress: bool = False) -> Planner:
     """The planner of a project. Rows are as long as they are, or before `prepare` as they may be;
     without a budget there is as much memory as is free."""
     device, model = pick_device(params.device), params.model
-    subject = load_subject(model.source, revision=model.revision, targets=params.compress.targets)
+    subject = load_subject(
+        model.source,
+        calibrated=params.calibrate.targets,
+        targets=params.compress.targets,
+        revision=model.revision,
+    )
     if params.noise is None:
         row: Rows | Noised = _row("train", subject, params)
         answered: Rows | None = _row("test", subject, params).times(params.evaluate.batch_size)
@@ -53,7 +58,6 @@ def planner_of(params: Params, *, progress: bool = False) -> Planner:
             row.times(calibration.batch_size) if calibration.samples else None,
             -(-calibration.samples // calibration.batch_size),
             calibration.max_ratio,
-            calibration.targets,
         ),
         prompts=answered,
         new_tokens=params.evaluate.max_new_tokens,

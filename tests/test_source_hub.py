@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlparse
 import huggingface_hub.constants
 import pytest
 
-from emloc.source import describe, resolve_model
+from emloc.source import describe, resolve_config, resolve_model
 from tests.tiny import save_tiny
 from tests.tiny_diffusion import save_tiny_pipeline
 
@@ -117,6 +117,14 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+def test_the_configs_of_a_hub_model_come_without_its_weights(hub: Hub) -> None:
+    folder = resolve_config("org/tiny")
+    assert (folder / "config.json").read_bytes() == (hub.folder / "config.json").read_bytes()
+    assert hub.served and not [name for name in hub.served if not name.endswith(".json")]
+    with pytest.raises(ValueError, match="The hub has no model org/none"):
+        resolve_config("org/none")
 
 
 def test_a_hub_model_is_downloaded_and_named_by_id_and_commit(hub: Hub) -> None:

@@ -18,7 +18,7 @@ from emloc.plan.table import RATIOS, plan_text
 from emloc.plan.work import Noised, Rows, empty_pictures, rows_of
 from emloc.settings import LoraSettings, NoiseSettings, TrainSettings
 from emloc.sizes import parse_size
-from emloc.targets import SWEPT
+from emloc.targets import BLOCKS
 
 
 def plan(
@@ -50,7 +50,7 @@ def plan(
 ) -> None:  # fmt: skip
     """Say what each stage will take, and which ratio, batch and length fit; no weight is read."""
     place = pick_device(device)
-    subject = load_subject(model, targets=dict.fromkeys(target, SWEPT) if target else None)
+    subject = load_subject(model, calibrated=target or [BLOCKS])
     row: Rows | Noised
     if subject.of_pictures:
         row = _picture(subject, resolution, pick_dtype(precision))

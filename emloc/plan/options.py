@@ -25,7 +25,6 @@ from emloc.plan.tracking import bytes_of
 from emloc.plan.work import Rows, Work
 from emloc.settings import LoraSettings, TrainSettings
 from emloc.sizes import GIB, show_gib
-from emloc.targets import select
 
 _ACCELERATOR_OVERHEAD = GIB * 3 // 4  # its context and its libraries' own workspaces
 STEP = 0.01  # between the ratios that are tried
@@ -39,13 +38,11 @@ class Calibration:
         work: the largest batch; None for the plain SVD.
         batches: how many there are.
         max_ratio: up to which layers are factorized.
-        targets: regexes of the layers to factorize; None takes those that are cut.
     """
 
     work: Work | None
     batches: int
     max_ratio: float
-    targets: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +96,7 @@ class Planner:
     budget_bytes: int
     progress: bool = False
 
-    @property
+    @cached_property
     def overhead_bytes(self) -> int:
         """What is taken before anything is loaded: an accelerator's context, or on a CPU the
         interpreter with its libraries."""
@@ -113,7 +110,7 @@ class Planner:
             model,
             self.calibration.work,
             batches=self.calibration.batches,
-            targets=self._factorized(model),
+            targets=self.subject.factorized(model),
             max_ratio=self.calibration.max_ratio,
             device=self.device,
         )
@@ -144,7 +141,7 @@ class Planner:
     def factors_bytes(self) -> int:
         """Of the factors on the disk, in bfloat16, with their eigenvalues."""
         model = self.subject.build(self.dtype)
-        layers = [model.get_submodule(name) for name in self._factorized(model)]
+        layers = self.subject.factorized(model).values()
         ratio = self.calibration.max_ratio
         return sum(factors_bytes(layer.out_features, layer.in_features, ratio) for layer in layers)
 
@@ -200,12 +197,6 @@ class Planner:
     @property
     def _trained(self) -> torch.dtype:
         return pick_dtype(self.settings.precision)
-
-    def _factorized(self, model: Any) -> list[str]:
-        patterns = self.calibration.targets
-        if patterns is None:
-            return list(self.subject.ranks(self._highest, model))
-        return list(select(model, patterns, where="calibrate.targets"))
 
     def _fits(self, peak: Peak) -> bool:
         return self.overhead_bytes + peak.total <= self.budget_bytes

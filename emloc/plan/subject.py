@@ -7,8 +7,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,15 @@ class Subject:
 
     Attributes:
         build: makes the original on the meta device in a dtype, frozen.
-        targets: regex → "ratio", or a ratio of its own, as in `targets.ratios_for`.
+        calibrated: regexes of the layers that are factorized.
+        targets: which of them are cut: regex → "ratio", or a ratio of its own, as in
+            `targets.ratios_for`.
         folder: the configs, or None for a model that is in none.
     """
 
     build: Callable[[torch.dtype], Any]
-    targets: Mapping[str, float | str]
+    calibrated: Sequence[str] = (BLOCKS,)
+    targets: Mapping[str, float | str] = field(default_factory=lambda: {".*": SWEPT})
     folder: Path | None = None
 
     @property
@@ -61,17 +64,22 @@ class Subject:
 
     def ranks(self, ratio: float, model: nn.Module) -> dict[str, int]:
         """Layer name → rank at a ratio, of the original or one like it."""
-        linears = select(model, self.targets, where="targets")
-        ratios = ratios_for(linears, self.targets, ratio, where="targets")
+        linears = self.factorized(model)
+        ratios = ratios_for(linears, self.targets, ratio, where="compress.targets")
         return {
             name: rank_for(own, linears[name].out_features, linears[name].in_features)
             for name, own in ratios.items()
         }
 
+    def factorized(self, model: nn.Module) -> dict[str, nn.Linear]:
+        """The layers that are factorized, of the original or one like it."""
+        return select(model, self.calibrated, where="calibrate.targets")
+
 
 def load_subject(
     source: str | os.PathLike[str],
     *,
+    calibrated: Sequence[str] = (BLOCKS,),
     targets: Mapping[str, float | str] | None = None,
     revision: str | None = None,
 ) -> Subject:
@@ -79,22 +87,23 @@ def load_subject(
 
     Args:
         source: of a language or vision-language model, or of a diffusion pipeline.
-        targets: which layers are cut; None takes all of the numbered blocks.
+        calibrated: which layers are factorized; by default those of the numbered blocks.
+        targets: which of them are cut; None takes all.
         revision: of a hub id.
 
     Raises:
         ValueError: there is no such model, or none that this project knows.
     """
     folder = resolve_config(str(source), revision=revision)
-    chosen = targets or {BLOCKS: SWEPT}
+    chosen = calibrated, targets or {".*": SWEPT}
     if is_pipeline(folder):
-        return Subject(partial(_denoiser, folder), chosen, folder)
+        return Subject(partial(_denoiser, folder), *chosen, folder)
     content = read_json(folder / "config.json")
     if content.get("model_type") == _PUBLISHED_INTERNVL:
         config: Any = convert_config(content, str(source))
     else:
         config = AutoConfig.from_pretrained(folder)
-    return Subject(partial(empty_model, config), chosen, folder)
+    return Subject(partial(empty_model, config), *chosen, folder)
 
 
 def empty_model(config: Any, dtype: torch.dtype) -> Any:

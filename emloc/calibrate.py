@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from emloc.background import WorkBehind
+from emloc.devices import free_bytes
 from emloc.factor_work import FactorWriter
 from emloc.factors import full_float32
 from emloc.files import write_json, writing
-from emloc.memory import free_bytes
 from emloc.moments import Moments
 from emloc.streaming import Stream
 from emloc.weights import OpenedModel
@@ -93,11 +93,11 @@ def calibrate(
 
 
 def _has_room(device: torch.device, needed_bytes: int) -> bool:
-    """Whether factors are computed on the device itself; on a CPU they always are."""
-    if device.type == "cpu":
-        return True
-    free = free_bytes(device)
-    return free is not None and needed_bytes <= free
+    """Whether factors are computed on the device itself; on a CPU they always are, and never on
+    MPS, which has no float64."""
+    if device.type in ("cpu", "mps"):
+        return device.type == "cpu"
+    return needed_bytes <= free_bytes(device)
 
 
 def _text_modules(model: nn.Module) -> set[nn.Module]:

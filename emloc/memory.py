@@ -75,18 +75,6 @@ def anonymous_bytes() -> int:
     return psutil.Process().memory_info().rss
 
 
-def free_bytes(device: torch.device | str) -> int | None:
-    """Memory that new tensors can take on a device now; None if the device does not tell."""
-    device = torch.device(device)
-    if device.type == "cpu":
-        return psutil.virtual_memory().available
-    tell = getattr(torch.get_device_module(device), "mem_get_info", None)
-    if tell is None:
-        return None
-    kept = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
-    return int(tell(device)[0]) + kept  # torch keeps freed memory for new tensors
-
-
 @contextlib.contextmanager
 def measure(device: torch.device | str) -> Iterator[Cost]:
     """Measure the seconds and the peak memory of a `with` block; on a CPU a thread samples it."""

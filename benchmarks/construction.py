@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import markdown, save_results, seconds
-from emloc.calibrate import Moments
 from emloc.data import codespell_rows
 from emloc.factors import factorize_from_inputs, factorize_from_outputs, rank_for, root_of
 from emloc.families import Codec, load_codec
 from emloc.models import load_model
+from emloc.moments import Moments
 from emloc.source import fetch_pypi, resolve_model
 
 RATIO = 0.25

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from peft import PeftModel
 from torch import nn
 
 from emloc.calibrate import calibrate
@@ -28,6 +27,7 @@ from emloc.internvl import convert
 from emloc.merge import merge_adapter
 from emloc.metrics import METRICS, references_of, score
 from emloc.models import load_model, open_model
+from emloc.offload import add_adapter
 from emloc.plan.command import plan
 from emloc.settings import LoraSettings, TrainSettings
 from emloc.source import describe, resolve_model
@@ -286,8 +286,8 @@ def evaluate_command(
 
 def _plugged(path: Path, adapter: Path | None, dtype: str, device: str) -> nn.Module:
     """A model with an adapter, if one is named."""
-    model = load_model(path, dtype=pick_dtype(dtype), device=pick_device(device))
-    return PeftModel.from_pretrained(model, str(adapter)) if adapter else model
+    model = load_model(path, dtype=pick_dtype(dtype), device=pick_device(device), offload=True)
+    return add_adapter(model, adapter) if adapter else model
 
 
 def _question(text: str, images: list[Path]) -> dict[str, Any]:

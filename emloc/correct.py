@@ -31,6 +31,8 @@ from emloc.files import writing
 from emloc.lowrank import ranks_of
 from emloc.weights import OpenedModel
 
+_CHUNK_BYTES = 32 * 2**20  # of a weight in float32, at once
+
 
 @dataclass(frozen=True)
 class LayerCorrection:
@@ -75,7 +77,7 @@ def correct_layer(
     rotated_b = lora_b.double() @ (right.T * singular)  # (o, r), B' = B V Σ
     basis = basis.to(dtype)  # (i, r), Q
     outer, inner = emulated
-    difference = weight.to(dtype) @ basis - outer.to(dtype) @ (inner.to(dtype) @ basis)
+    difference = _times(weight, basis) - _times(outer, _times(inner, basis))
     difference = difference.double() / scaling  # (o, r), D/s
 
     tolerance = singular.max() * max(lora_a.shape) * torch.finfo(dtype).eps
@@ -137,13 +139,12 @@ def correct_adapter(
     with full_float32():
         names = sorted(set(scalings) & set(ranks))
         for name in tqdm(names, desc="correct", disable=not progress):
-            parts = emulator.store.read([f"{name}.weight", f"{name}.weight_in"], device)
             key_a, key_b = raw.keys(name)
             lora_a, lora_b, size, clamped = correct_layer(
                 tensors[key_a].to(device),
                 tensors[key_b].to(device),
                 original.store.read([f"{name}.weight"], device)[f"{name}.weight"],
-                (parts[f"{name}.weight"], parts[f"{name}.weight_in"]),
+                _emulated(emulator, name, device),
                 scaling=scalings[name],
                 limit=limit,
             )
@@ -152,6 +153,22 @@ def correct_adapter(
     with writing(out) as folder:
         raw.write_corrected(folder, tensors)
     return report
+
+
+def _times(matrix: Tensor, basis: Tensor) -> Tensor:
+    """A matrix times a basis in the basis' dtype, some rows after the other: a big matrix in a
+    smaller dtype is never copied whole."""
+    rows = max(1, _CHUNK_BYTES // (matrix.shape[1] * basis.dtype.itemsize))
+    return torch.cat([part.to(basis.dtype) @ basis for part in matrix.split(rows)])
+
+
+def _emulated(
+    emulator: OpenedModel, name: str, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """A layer's `weight` and `weight_in` in the emulator."""
+    keys = f"{name}.weight", f"{name}.weight_in"
+    parts = emulator.store.read(keys, device)
+    return parts[keys[0]], parts[keys[1]]
 
 
 def _check_shapes(

@@ -43,11 +43,12 @@ def pick_dtype(name: str) -> torch.dtype:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of a device that nothing takes; on a CPU what the system could give."""
-    if device.type == "cpu":
+    """Memory of a device that new tensors can take; where it uses the CPU's, that of the system."""
+    tell = getattr(torch.get_device_module(device), "mem_get_info", None)
+    if device.type == "cpu" or tell is None:
         return int(psutil.virtual_memory().available)
-    module = torch.get_device_module(device)
-    return int(module.mem_get_info(device)[0])
+    kept = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
+    return int(tell(device)[0]) + kept  # torch keeps freed memory for new tensors
 
 
 def describe_machine() -> dict[str, Any]:

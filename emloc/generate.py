@@ -23,6 +23,7 @@ from transformers import GenerationConfig
 from emloc.families import Codec
 from emloc.families.text import IGNORED, prompt_ids
 from emloc.models import evaluating
+from emloc.offload import device_of
 
 
 def generate_answers(
@@ -102,7 +103,7 @@ def mean_loss(
     with evaluating(model):
         for rows in _batches(examples, batch_size, progress):
             batch = codec.collate([examples[row] for row in rows], side="right")
-            loss, tokens = _batch_loss(base, {k: v.to(base.device) for k, v in batch.items()})
+            loss, tokens = _batch_loss(base, _on_device(batch, base))
             total, count = total + loss, count + tokens
     if not count:
         raise ValueError("no row has a labelled token, so there is no loss: give it answers.")
@@ -135,7 +136,12 @@ def _prompt_batch(
     """A batch of prompts on the model's device, padded on the left."""
     rows = [{**prompt, "labels": prompt["input_ids"]} for prompt in prompts]
     batch = codec.collate(rows, side="left")
-    return {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
+    return _on_device({k: v for k, v in batch.items() if k != "labels"}, model)
+
+
+def _on_device(batch: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+    device = device_of(model)
+    return {name: value.to(device) for name, value in batch.items()}
 
 
 def _text(tokenizer: Any, ids: list[int], stops: list[int]) -> str:

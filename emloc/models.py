@@ -1,6 +1,6 @@
 """A model from its checkpoint: loaded whole, or opened without its weights to read them on demand.
 
-- `load_model`: a model with its weights on one device
+- `load_model`: a model with its weights on one device, or spread over the memories there are
 - `open_model`: the same model on the meta device, with a `WeightStore` that knows where each
   parameter lies in the safetensors files and counts what it reads
 - `evaluating`: for the length of a `with` block, a model in eval mode without gradients
@@ -30,6 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from emloc.checkpoint import is_denoiser, is_pipeline
 from emloc.diffusion.pipelines import load_denoiser, open_denoiser
 from emloc.files import read_json
+from emloc.offload import spread_over
 from emloc.quiet import quiet_libraries
 from emloc.weights import Location, OpenedModel, WeightStore
 
@@ -40,13 +41,24 @@ def sees_pictures(path: os.PathLike[str] | str) -> bool:
     return model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
-def load_model(path: Path | str, *, dtype: torch.dtype, device: torch.device | str) -> Any:
+def load_model(
+    path: Path | str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    offload: bool = False,
+    budget_bytes: int | None = None,
+) -> Any:
     """Load a model or a denoiser, of an original or an emulator, in evaluation mode.
 
     Args:
         path: folder of a language or vision-language model, of a pipeline or of a denoiser.
         dtype: of its parameters.
         device: where to put them.
+        offload: for inference, leave weights of a language or vision-language model that does not
+            fit the device in the CPU's memory, and the rest on the disk, uncopied.
+        budget_bytes: what it may take on the device when it may be offloaded; None for what is
+            free.
 
     Returns:
         A `PreTrainedModel`, or a `ModelMixin` of diffusers.
@@ -56,7 +68,10 @@ def load_model(path: Path | str, *, dtype: torch.dtype, device: torch.device | s
     """
     if is_pipeline(path) or is_denoiser(path):
         return load_denoiser(path, dtype=dtype, device=device)
-    return _from_pretrained(path, dtype, str(device)).eval()
+    limits = None
+    if offload:
+        limits = spread_over(Path(path), dtype, torch.device(device), budget_bytes)
+    return _from_pretrained(path, dtype, str(device), limits).eval()
 
 
 @contextlib.contextmanager
@@ -102,14 +117,19 @@ def open_model(path: Path | str, *, dtype: torch.dtype) -> OpenedModel:
     return OpenedModel(model.eval(), WeightStore(locations))
 
 
-def _from_pretrained(path: Path | str, dtype: torch.dtype, place: str) -> PreTrainedModel:
-    """transformers' own loader; what it raises becomes one sentence that names the checkpoint."""
+def _from_pretrained(
+    path: Path | str,
+    dtype: torch.dtype,
+    place: str,
+    limits: dict[int | str, int] | None = None,
+) -> PreTrainedModel:
+    """transformers' own loader, to one place or within limits of several; what it raises becomes
+    one sentence that names the checkpoint."""
+    spread = {"device_map": "auto", "max_memory": limits} if limits else {"device_map": {"": place}}
     try:
         with quiet_libraries():
             kind = AutoModelForImageTextToText if sees_pictures(path) else AutoModelForCausalLM
-            return kind.from_pretrained(
-                path, dtype=dtype, device_map={"": place}, use_safetensors=True
-            )
+            return kind.from_pretrained(path, dtype=dtype, use_safetensors=True, **spread)
     except (OSError, RuntimeError, ValueError) as error:
         if "needed to be re-saved" in str(error):
             architecture = (AutoConfig.from_pretrained(path).architectures or ["this model"])[0]

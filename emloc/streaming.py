@@ -7,81 +7,31 @@ loads the earliest unit that somebody waits for, lets every batch that waits the
 the unit to the caller while its weights are there, and frees it. So each weight is read once
 however many batches there are, and no model needs a forward of ours.
 
-In memory at once: one unit, and what each batch keeps between two units (its hidden state).
+In memory at once: one unit, the next one being read, and what each batch keeps between two units
+(its hidden state). A single thread reads ahead, from when the first batch waits for the next unit;
+an accelerator holds the one unit only, the next one waits in the CPU's pinned memory.
 """
 
 from __future__ import annotations
 
-import threading
+import mmap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from emloc.background import ReadAhead
 from emloc.memory import free_math_buffers, give_back_freed_memory
+from emloc.passes import Pass
 from emloc.weights import OpenedModel
 
 MAX_THREADS = 256  # compute threads in all, over the threads of all batches
-
-
-class _Stop(BaseException):
-    """Ends a waiting thread; a BaseException, so that no model code catches it."""
-
-
-class _Pass:
-    """One batch's forward in a thread that runs only between `resume` and the next `wait`."""
-
-    def __init__(self, index: int, forward: Callable[[], Any], threads: int) -> None:
-        self.index, self._forward, self._threads = index, forward, threads
-        self.unit: str | None = None  # the unit it waits for
-        self.result: Any = None
-        self.done = False
-        self._error: BaseException | None = None
-        self._stopped = False
-        self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._run, name=f"batch-{index}", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        self._go.acquire()
-        try:
-            if not self._stopped:
-                torch.set_num_threads(self._threads)
-                with torch.no_grad():  # not inference_mode: its tensors have no version counter
-                    self.result = self._forward()
-        except _Stop:
-            pass
-        except BaseException as error:
-            self._error = error
-        self.done = True
-        self._back.release()
-
-    def resume(self) -> None:
-        """Let it run up to its next unit or its end; raise what it raised."""
-        self.unit = None
-        self._go.release()
-        self._back.acquire()
-        if self._error is not None:
-            raise self._error
-
-    def wait(self, unit: str) -> None:
-        """Called in its own thread: sleep until `unit` is loaded."""
-        self.unit = unit
-        self._back.release()
-        self._go.acquire()
-        if self._stopped:
-            raise _Stop
-
-    def stop(self) -> None:
-        """End its thread, wherever it waits."""
-        if not self.done:
-            self._stopped = True
-            self._go.release()
-        self._thread.join()
+# Devices that use the CPU's own memory, so that pinning it would be of no use.
+_UNIFIED = ("cpu", "mps")
 
 
 def find_units(model: nn.Module) -> dict[str, nn.Module]:
@@ -104,7 +54,7 @@ def find_units(model: nn.Module) -> dict[str, nn.Module]:
     return units
 
 
-def _refuse_repeats(done: set[str], waiting: Iterable[_Pass]) -> None:
+def _refuse_repeats(done: set[str], waiting: Iterable[Pass]) -> None:
     for one in waiting:
         if one.unit in done:
             raise ValueError(
@@ -127,9 +77,10 @@ class Stream:
 
     def __init__(self, opened: OpenedModel, device: torch.device | str) -> None:
         self.model, self.store, self.device = opened.model, opened.store, torch.device(device)
+        self._pins = self.device.type not in _UNIFIED
         self.units = find_units(self.model)
         self._order = {name: place for place, name in enumerate(self.units)}
-        self._running: _Pass | None = None
+        self._running: Pass | None = None
         # A module with units below it (one that owns a class token, say) keeps its own parameters.
         self._resident = {
             name
@@ -140,7 +91,7 @@ class Stream:
             for key, buffer in buffers.items():
                 buffers[key] = None if buffer is None else buffer.to(self.device)
         for name in self._resident:
-            self._load(name)
+            self._load(name, self._read(name))
 
     @property
     def current(self) -> int:
@@ -162,10 +113,10 @@ class Stream:
         raise KeyError(module_name)
 
     @contextmanager
-    def loaded(self, unit: str) -> Iterator[nn.Module]:
+    def _loaded(self, unit: str, ahead: ReadAhead[dict[str, Tensor]]) -> Iterator[nn.Module]:
         """Hold one unit's weights on the device for the length of a `with` block."""
         if unit not in self._resident:
-            self._load(unit)
+            self._load(unit, ahead.take(unit))
         try:
             yield self.units[unit]
         finally:
@@ -206,21 +157,24 @@ class Stream:
                     handle = unit.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
                     stack.callback(handle.remove)
             passes = [
-                _Pass(index, partial(self.model, **batch), threads)
+                Pass(index, partial(self.model, **batch), threads)
                 for index, batch in enumerate(batches)
             ]
             for one in passes:
                 stack.callback(one.stop)
+            ahead = stack.enter_context(ReadAhead(self._read))
             total = len(self.units) - len(self._resident) if until is None else len(until)
             bar = stack.enter_context(tqdm(total=total, desc=progress, disable=progress is None))
             for one in passes:
                 self._step(one, on_output)
             while (waiting := [one for one in passes if one.unit]) and remaining != set():
                 name = min((one.unit for one in waiting if one.unit), key=self._order.__getitem__)
-                with self.loaded(name) as unit:
+                with self._loaded(name, ahead) as unit:
+                    self._begin_next(ahead, passes, name, remaining)
                     while ready := [one for one in passes if one.unit == name]:
                         for one in ready:
                             self._step(one, on_output)
+                            self._begin_next(ahead, passes, name, remaining)
                     if on_unit is not None:
                         on_unit(name, unit)
                 if remaining is None or name in remaining:
@@ -238,11 +192,30 @@ class Stream:
         progress: str | None = None,
     ) -> None:
         """Load some units one after the other without running anything."""
-        for name in tqdm(list(units), desc=progress, disable=progress is None):
-            with self.loaded(name) as unit:
-                on_unit(name, unit)
+        names = list(units)
+        with ReadAhead(self._read) as ahead:
+            for place, name in enumerate(tqdm(names, desc=progress, disable=progress is None)):
+                with self._loaded(name, ahead) as unit:
+                    if place + 1 < len(names):
+                        ahead.begin(names[place + 1])
+                    on_unit(name, unit)
 
-    def _step(self, one: _Pass, on_output: Callable[[int, Any], None] | None) -> None:
+    def _begin_next(
+        self,
+        ahead: ReadAhead[dict[str, Tensor]],
+        passes: Sequence[Pass],
+        now: str,
+        remaining: set[str] | None,
+    ) -> None:
+        """Read ahead the earliest unit that a batch waits for and that surely runs after `now`."""
+        waited = {one.unit for one in passes if one.unit} - {now}
+        if remaining is not None:
+            last = max((self._order[name] for name in remaining - {now}), default=-1)
+            waited = {name for name in waited if self._order[name] <= last}
+        if waited:
+            ahead.begin(min(waited, key=self._order.__getitem__))
+
+    def _step(self, one: Pass, on_output: Callable[[int, Any], None] | None) -> None:
         self._running = one
         try:
             one.resume()
@@ -271,15 +244,35 @@ class Stream:
                 if parameter is not None:
                     yield f"{path}.{key}" if path else key, owner, key
 
-    def _load(self, unit: str) -> None:
+    def _read(self, unit: str) -> dict[str, Tensor]:
+        """A unit's parameters by name, in the CPU's memory; the disk's part of the work is done."""
         places = list(self._parameters(unit))
-        tensors = self.store.read((name for name, _, _ in places), self.device)
+        tensors = self.store.read(name for name, _, _ in places)
         for name, owner, key in places:
+            if self._pins:
+                tensors[name] = tensors[name].pin_memory()
+            else:
+                dtype = owner._parameters[key].dtype  # type: ignore[union-attr]
+                tensors[name] = _in_memory(tensors[name], dtype)
+        return tensors
+
+    def _load(self, unit: str, tensors: dict[str, Tensor]) -> None:
+        for name, owner, key in self._parameters(unit):
             dtype = owner._parameters[key].dtype  # type: ignore[union-attr]
-            value = tensors.pop(name).to(dtype)
+            value = tensors.pop(name).to(self.device, non_blocking=self._pins).to(dtype)
             owner._parameters[key] = nn.Parameter(value, requires_grad=False)
 
     def _free(self, unit: str) -> None:
         for _, owner, key in self._parameters(unit):
             empty = torch.empty_like(owner._parameters[key], device="meta")  # type: ignore[arg-type]
             owner._parameters[key] = nn.Parameter(empty, requires_grad=False)
+
+
+def _in_memory(mapped: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of a file that is mapped into memory, really read and in a given dtype.
+
+    A page is read from the disk when it is first looked at; numpy lets other threads run meanwhile.
+    """
+    if mapped.dtype == dtype:
+        mapped.reshape(-1).view(torch.uint8).numpy()[:: mmap.PAGESIZE].sum()
+    return mapped.to(dtype)

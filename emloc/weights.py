@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ class Location(NamedTuple):
 class WeightStore:
     """Reads parameters of a model by name from its checkpoint's own safetensors files.
 
+    Threads may share it. On a CPU a tensor is a view of its file, which is mapped into memory, not
+    read: that happens as it is used.
+
     Attributes:
         locations: parameter name → file and key.
         reads: parameter name → how often it was read.
@@ -35,6 +39,7 @@ class WeightStore:
     def __init__(self, locations: dict[str, Location]) -> None:
         self.locations = locations
         self.reads: Counter[str] = Counter()
+        self._lock = threading.Lock()
 
     def read(self, names: Iterable[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Read parameters, each file opened once, in the dtype they are stored in.
@@ -50,7 +55,8 @@ class WeightStore:
             with safe_open(file, framework="pt", device=str(device)) as handle:
                 for name in members:
                     tensors[name] = handle.get_tensor(self.locations[name].key)
-                    self.reads[name] += 1
+        with self._lock:
+            self.reads.update(tensors.keys())
         return tensors
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from torch import nn
 
 from emloc.devices import pick_dtype
@@ -13,6 +12,7 @@ from emloc.files import read_jsonl, write_jsonl
 from emloc.generate import generate_answers, mean_loss
 from emloc.metrics import references_of, score
 from emloc.models import load_model
+from emloc.offload import add_adapter, shares
 from tasks import layout
 from tasks.encoding import codec_of, encode
 from tasks.params import Params
@@ -26,6 +26,7 @@ def score_answers(
     label: str,
     predictions: Path,
     device: torch.device,
+    placed: dict[str, dict[str, float]] | None = None,
 ) -> dict[str, float]:
     """Metrics of greedy answers to the test rows.
 
@@ -34,11 +35,18 @@ def score_answers(
         adapter: on top of it, if any.
         label: of the progress bars.
         predictions: where the answers go, `.jsonl` added to its name.
-        device: to compute on.
+        device: to compute on; weights that do not fit it are left in other memory or on the disk.
+        placed: filled in with where the weights of `label` are.
     """
-    model: nn.Module = load_model(base, dtype=pick_dtype(params.model.dtype), device=device)
+    dtype = pick_dtype(params.model.dtype)
+    budget = params.memory.budget_bytes
+    model: nn.Module = load_model(
+        base, dtype=dtype, device=device, offload=True, budget_bytes=budget
+    )
+    if placed is not None:
+        placed[label] = shares(model)
     if adapter is not None:
-        model = PeftModel.from_pretrained(model, str(adapter))  # type: ignore[arg-type]
+        model = add_adapter(model, adapter)
     codec = codec_of(base, params)
     settings = params.evaluate
     rows = read_jsonl(layout.rows("test"))

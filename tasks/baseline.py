@@ -17,7 +17,9 @@ def run(params: Params) -> None:
     ways = {"original": None}
     if params.evaluate.direct:
         ways["direct"] = layout.DIRECT_ADAPTER
-    with costing(layout.BASELINE / "baseline.cost.json", params, "baseline") as device:
+    placed: dict[str, dict[str, float]] = {}
+    file = layout.BASELINE / "baseline.cost.json"
+    with costing(file, params, "baseline", weights=placed) as device:
         metrics = {
             way: score(
                 path,
@@ -26,6 +28,7 @@ def run(params: Params) -> None:
                 label=way,
                 predictions=layout.predictions(way, None),
                 device=device,
+                placed=placed,
             )
             for way, adapter in ways.items()
         }

@@ -16,6 +16,7 @@ from emloc.diffusion.scoring import mean_noise_loss
 from emloc.families.diffusion import load_family
 from emloc.files import read_jsonl, writing
 from emloc.metrics.pictures import picture_scores
+from emloc.offload import shares
 from emloc.pictures import load_picture
 from tasks import layout
 from tasks.original import find_original
@@ -30,6 +31,7 @@ def score_drawings(
     label: str,
     predictions: Path,
     device: torch.device,
+    placed: dict[str, dict[str, float]] | None = None,
 ) -> dict[str, float]:
     """Metrics of the pictures, and the loss on the test pictures at noise held out from training.
 
@@ -39,6 +41,7 @@ def score_drawings(
         label: of the progress bars.
         predictions: folder for the pictures, PROMPT-SEED.png.
         device: to compute on.
+        placed: filled in with where the denoiser's weights of `label` are.
     """
     path, _ = find_original(params)
     settings = params.evaluate.pictures
@@ -52,6 +55,8 @@ def score_drawings(
         adapter=adapter,
         offload=settings.offload,
     )
+    if placed is not None:
+        placed[label] = shares(denoiser_of(pipeline))
     pictures = draw(
         pipeline,
         settings.prompts,

@@ -22,7 +22,9 @@ def run(params: Params, ratio: float) -> None:
         "original-corrected": (path, layout.adapter(ratio, "corrected")),
     }
     metrics = {}
-    with costing(folder / "evaluate.cost.json", params, "evaluate", ratio) as device:
+    placed: dict[str, dict[str, float]] = {}
+    file = folder / "evaluate.cost.json"
+    with costing(file, params, "evaluate", ratio, weights=placed) as device:
         for way in layout.WAYS:
             metrics[way] = score(
                 *places[way],
@@ -30,6 +32,7 @@ def run(params: Params, ratio: float) -> None:
                 label=way,
                 predictions=layout.predictions(way, ratio),
                 device=device,
+                placed=placed,
             )
     write_json(folder / "evaluate.json", metrics)
 

@@ -232,8 +232,23 @@ def _page(params: Params, quality: list[dict[str, Any]], costs: list[dict[str, A
         cost_table(costs),
         "Peak memory is the largest sum of allocated tensors on an accelerator, and the largest "
         "anonymous resident memory of the process on a CPU.",
+        *spread_weights(params),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def spread_weights(params: Params) -> list[str]:
+    """A sentence for each model whose weights did not all fit the device that scored it."""
+    files: list[tuple[str, Path]] = [("", layout.BASELINE / "baseline.cost.json")]
+    files += [(f" {r}", layout.results(r) / "evaluate.cost.json") for r in params.ratios]
+    sentences = []
+    for ratio, file in files:
+        for way, weights in read_json(file).get("weights", {}).items():
+            if len(weights) > 1 or "disk" in weights:
+                largest_first = sorted(weights.items(), key=lambda item: -item[1])
+                kept = ", ".join(f"{share:.0%} {place}" for place, share in largest_first)
+                sentences.append(f"Weights of {LABELS[way]}{ratio} while it was scored: {kept}.")
+    return sentences
 
 
 def _curve(folder: Path) -> list[dict[str, float]]:

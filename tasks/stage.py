@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -58,9 +59,13 @@ def one_sentence() -> Iterator[None]:
 
 @contextlib.contextmanager
 def costing(
-    file: Path, params: Params, stage: str | None = None, ratio: float | None = None
+    file: Path,
+    params: Params,
+    stage: str | None = None,
+    ratio: float | None = None,
+    **notes: Any,
 ) -> Iterator[torch.device]:
-    """Hand out the device to work on; write seconds, peak memory and the machine to `file`.
+    """Hand out the device to work on; write its cost, the notes and the machine to `file`.
 
     With `memory.budget` set, a stage that is named is planned first, and its planned peak written
     beside the measured one.
@@ -76,7 +81,9 @@ def costing(
         planned = check(params, stage, ratio)
     with _memory_explained(stage or file.name.partition(".")[0], device), measure(device) as cost:
         yield device
-    write_json(file, {**asdict(cost), "planned_bytes": planned, "machine": describe_machine()})
+    write_json(
+        file, {**asdict(cost), "planned_bytes": planned, **notes, "machine": describe_machine()}
+    )
 
 
 @contextlib.contextmanager

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
 
-from emloc.calibrate import Moments, calibrate
+from emloc.calibrate import calibrate
 from emloc.factor_files import FactorFiles
 from emloc.files import sha256
 from emloc.models import open_model
+from emloc.moments import Moments
 from emloc.streaming import Stream
 from emloc.targets import select
 from emloc.weights import OpenedModel

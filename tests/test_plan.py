@@ -29,6 +29,7 @@ from emloc.plan.tracking import AllocationTracker, bytes_of, without_data
 from emloc.plan.work import Noised, Rows
 from emloc.settings import LoraSettings, NoiseSettings, TrainSettings
 from emloc.sizes import parse_size
+from emloc.streaming import Stream
 from emloc.targets import BLOCKS, select
 from tests.tiny import save_tiny, tiny_config, tiny_tokenizer
 from tests.tiny_diffusion import save_tiny_pipeline
@@ -157,7 +158,9 @@ def test_correcting_takes_what_was_planned() -> None:
     assert 0.5 * tracker.peak_bytes < planned.total < 1.1 * tracker.peak_bytes
 
 
-def test_calibrating_takes_what_was_planned(tmp_path: Path) -> None:
+def test_calibrating_takes_what_was_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The threads of all batches are tracked, the weights that are read and the factors, too."""
     path = save_tiny("llama", tmp_path / "model", dtype=torch.float32, **SHAPE)
     opened = open_model(path, dtype=torch.float32)
@@ -173,7 +176,14 @@ def test_calibrating_takes_what_was_planned(tmp_path: Path) -> None:
         with tracker:
             return forward(*args, **kwargs)
 
+    read = Stream._read
+
+    def read_tracked(stream: Stream, unit: str) -> Any:  # ahead, in a thread of its own
+        with tracker:
+            return read(stream, unit)
+
     opened.model.forward = tracked
+    monkeypatch.setattr(Stream, "_read", read_tracked)
     batches = [{"input_ids": torch.full((1, TOKENS), 5 + n), "use_cache": False} for n in range(8)]
     with tracker:
         calibrate(

@@ -98,6 +98,14 @@ def test_every_way_is_scored_on_the_same_rows(finished: Path) -> None:
             assert expected.items() <= values.items()
 
 
+def test_where_the_weights_were_is_told_beside_the_cost(finished: Path) -> None:
+    cost = read_json(finished / "results/0.5/evaluate.cost.json")
+    baseline = read_json(finished / "results/baseline/baseline.cost.json")
+    for weights, file in ((cost, "0.5/evaluate"), (baseline, "baseline/baseline")):
+        ways = read_json(finished / f"results/{file}.json")
+        assert weights["weights"] == dict.fromkeys(ways, {"cpu": 1.0})
+
+
 def test_raw_and_corrected_adapters_differ_on_the_original(finished: Path) -> None:
     model = load_model(finished.parent / "project-inputs/model", dtype=torch.float32, device="cpu")
     logits = []

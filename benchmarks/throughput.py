@@ -26,14 +26,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import (
-    FlopCounterMode,
-    register_flop_formula,
-    sdpa_backward_flop,
-    sdpa_flop,
-)
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+import emloc.plan.tracking  # noqa: F401  # torch learns to count attention on a CPU
 from benchmarks import calibration_memory
 from benchmarks.common import in_turns, markdown, save_results
 from benchmarks.construction import MODEL, MODEL_SHA256
@@ -48,12 +44,6 @@ from emloc.source import resolve_model
 from emloc.targets import BLOCKS, select
 
 WARM_UP = 2  # steps before the clock starts
-
-# torch knows how to count attention on an accelerator, but not the kernel that a CPU has for it.
-_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-register_flop_formula(_ATTENTION, get_raw=True)(sdpa_flop)
-register_flop_formula(_ATTENTION_BACKWARD, get_raw=True)(sdpa_backward_flop)
 
 
 @dataclass

@@ -7,7 +7,7 @@ passes over whole activations to scale and add them; in bfloat16 it casts x to f
 With A below W_in and sB beside W_out in common buffers, four products are left, and two for the
 gradients of A and B.
 
-The rank of the buffers is filled up with zeros to a multiple of 16, since accelerators multiply
+The rank of the buffers is filled up with zeros to a multiple of 8, since accelerators multiply
 matrices with odd strides slowly. The result is peft's up to rounding.
 
 Letters: o out features, i in features, k rank, r LoRA rank, n tokens.
@@ -23,10 +23,11 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
 from emloc.lowrank import LowRankLinear
 
-_MULTIPLE = 16
+_MULTIPLE = 8
 
 
 @contextlib.contextmanager
@@ -57,7 +58,7 @@ def _fits(module: nn.Module) -> bool:
         and isinstance(module.lora_dropout[names[0]], nn.Identity)
         and module.lora_B[names[0]].bias is None
         and not any(p.requires_grad or p.is_meta for p in base.parameters())
-        and all(type(p) is nn.Parameter and p.is_floating_point() for p in base.parameters())
+        and not any(isinstance(p, DTensor) for p in base.parameters())  # a piece of it
     )
 
 
@@ -65,7 +66,7 @@ class _Fused:
     """The buffers of one layer, and the forward that stands in for peft's.
 
     Attributes:
-        down: [W_in; A; 0] (K×i), K the next multiple of 16 from k + r.
+        down: [W_in; A; 0] (K×i), K the next multiple of 8 from k + r.
         up: [W_out  sB  0] (o×K).
         lora: where the LoRA is in K.
     """

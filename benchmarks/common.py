@@ -6,6 +6,7 @@ import datetime
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,22 @@ def seconds(works: Mapping[str, Callable[[], Any]], *, repeats: int) -> dict[str
 
     Call it on something small first to warm up.
     """
-    times: dict[str, list[float]] = {name: [] for name in works}
+
+    def timed(work: Callable[[], Any]) -> float:
+        started = time.perf_counter()
+        work()
+        return time.perf_counter() - started
+
+    return in_turns({name: partial(timed, work) for name, work in works.items()}, repeats=repeats)
+
+
+def in_turns(works: Mapping[str, Callable[[], float]], *, repeats: int) -> dict[str, float]:
+    """Median of what several pieces of work measure, in turns, so that noise hits them alike."""
+    measured: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats):
         for name, work in works.items():
-            started = time.perf_counter()
-            work()
-            times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(taken) for name, taken in times.items()}
+            measured[name].append(work())
+    return {name: statistics.median(values) for name, values in measured.items()}
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor
 
 from emloc.checkpoint import (
     DENOISER_WEIGHTS,
@@ -33,7 +31,7 @@ from emloc.factors import loss_kept, rank_for
 from emloc.files import read_json, write_json, writing
 from emloc.lowrank import EmlocConfig
 from emloc.shards import Piece, write_shards
-from emloc.weights import OpenedModel
+from emloc.weights import LastFile, OpenedModel
 
 
 @dataclass(frozen=True)
@@ -155,17 +153,11 @@ def cut(
 def _stored(opened: OpenedModel) -> dict[str, Piece]:
     """All tensors of the original's files by key; files are mapped, not read."""
     pieces: dict[str, Piece] = {}
+    files = LastFile()
     for file in sorted({location.file for location in opened.store.locations.values()}):
-        with safe_open(file, framework="pt") as handle:
-            for key in handle.keys():
-                like = handle.get_tensor(key).to("meta")
-                pieces[key] = Piece(like, partial(_read, file, key))
+        for key in files.open(file).keys():
+            pieces[key] = Piece(files.read(file, key).to("meta"), partial(files.read, file, key))
     return pieces
-
-
-def _read(file: Path, key: str) -> Tensor:
-    with safe_open(file, framework="pt") as handle:
-        return handle.get_tensor(key)
 
 
 def _factor_pieces(key: str, factors: FactorFiles, layer: LayerPlan) -> dict[str, Piece]:
@@ -174,11 +166,11 @@ def _factor_pieces(key: str, factors: FactorFiles, layer: LayerPlan) -> dict[str
     return {
         key: Piece(
             meta(layer.out_features, layer.rank),
-            lambda: factors.cut(layer.name, layer.rank)[0],
+            partial(factors.weight, layer.name, layer.rank),
         ),
         f"{key}_in": Piece(
             meta(layer.rank, layer.in_features),
-            lambda: factors.cut(layer.name, layer.rank)[1],
+            partial(factors.weight_in, layer.name, layer.rank),
         ),
     }
 

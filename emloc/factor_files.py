@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from emloc.files import read_json
+from emloc.weights import LastFile
 
 
 class FactorFiles:
@@ -28,7 +28,7 @@ class FactorFiles:
     """
 
     def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
+        self.folder, self._files = Path(folder), LastFile()
         index = read_json(self.folder / "factors.json")
         self.modules: dict[str, dict[str, Any]] = {
             entry["name"]: entry for entry in index["modules"]
@@ -38,8 +38,8 @@ class FactorFiles:
 
     def eigenvalues(self, name: str) -> Tensor:
         """All eigenvalues of one layer, (min(o, i),) float64, falling."""
-        with self._open(name) as handle:
-            return handle.get_tensor(f"{name}.eigenvalues")
+        values: Tensor = self._open(name).get_tensor(f"{name}.eigenvalues")
+        return values
 
     def cut(self, name: str, rank: int) -> tuple[Tensor, Tensor]:
         """The factors of one layer at a rank: `weight` (o×k) and `weight_in` (k×i).
@@ -47,15 +47,25 @@ class FactorFiles:
         Raises:
             ValueError: the factors on disk have fewer rows.
         """
+        return self.weight(name, rank), self.weight_in(name, rank)
+
+    def weight(self, name: str, rank: int) -> Tensor:
+        """The one (o×k) of the two, as in `cut`."""
+        return self._rows(name, "out", rank).T.contiguous()
+
+    def weight_in(self, name: str, rank: int) -> Tensor:
+        """The other one (k×i), as in `cut`."""
+        return self._rows(name, "in", rank)
+
+    def _rows(self, name: str, part: str, rank: int) -> Tensor:
         largest = self.modules[name]["rank"]
         if rank > largest:
             raise ValueError(
                 f"{name} is asked for at rank {rank}, but was calibrated up to rank {largest}: "
                 "raise calibrate.max_ratio or lower the ratio."
             )
-        with self._open(name) as handle:
-            out = handle.get_slice(f"{name}.out")[:rank]
-            return out.T.contiguous(), handle.get_slice(f"{name}.in")[:rank]
+        rows: Tensor = self._open(name).get_slice(f"{name}.{part}")[:rank]
+        return rows
 
     def _open(self, name: str) -> Any:
-        return safe_open(self.folder / self.modules[name]["file"], framework="pt")
+        return self._files.open(self.folder / self.modules[name]["file"])

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -15,6 +16,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from emloc.families import Codec
+from emloc.fused import fused_lora
 from emloc.lora import add_lora, save_adapter
 from emloc.optimize import history, pick_optimizer, training_arguments
 from emloc.resume import last_checkpoint, remove_checkpoints
@@ -78,7 +80,8 @@ def finetune(
         optimizer=pick_optimizer(settings),
     )
     try:
-        trainer.train(resume_from_checkpoint=last_checkpoint(folder, total))
+        with fused_lora(adapted) if settings.fused else contextlib.nullcontext():
+            trainer.train(resume_from_checkpoint=last_checkpoint(folder, total))
     finally:
         watch.close()
         if use_cache is not None:

@@ -1,6 +1,7 @@
 """Where a model's parameters lie on the disk, to be read on demand.
 
 - `WeightStore`: reads parameters by name, and counts what it reads
+- `LastFile`: reads tensors by file and key, and opens a file once for neighbours
 - `OpenedModel`: a model on the meta device, with its store
 """
 
@@ -11,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -58,6 +59,25 @@ class WeightStore:
         with self._lock:
             self.reads.update(tensors.keys())
         return tensors
+
+
+class LastFile:
+    """Keeps the safetensors file that was opened last, whose header takes long to read when there
+    are thousands of tensors: neighbours in a model are mostly neighbours in a file."""
+
+    def __init__(self) -> None:
+        self._opened: tuple[Path, Any] | None = None
+
+    def open(self, file: Path) -> Any:
+        """A file as `safe_open` gives it."""
+        if self._opened is None or self._opened[0] != file:
+            self._opened = file, safe_open(file, framework="pt")
+        return self._opened[1]
+
+    def read(self, file: Path, key: str) -> Tensor:
+        """One tensor, mapped into memory."""
+        tensor: Tensor = self.open(file).get_tensor(key)
+        return tensor
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from emloc.diffusion.encoding import Encoded
 from emloc.diffusion.lora import add_denoiser_lora, save_lora
 from emloc.diffusion.scoring import mean_noise_loss
 from emloc.families.diffusion import Batch, DiffusionFamily, draw_seed
+from emloc.fused import fused_lora
 from emloc.optimize import history, pick_optimizer, training_arguments
 from emloc.resume import last_checkpoint, remove_checkpoints
 from emloc.settings import LoraSettings, NoiseSettings, TrainSettings, is_whole, require
@@ -110,7 +111,8 @@ def personalize(
     if settings.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     try:
-        trainer.train(resume_from_checkpoint=last_checkpoint(folder, total))
+        with fused_lora(model) if settings.fused else contextlib.nullcontext():
+            trainer.train(resume_from_checkpoint=last_checkpoint(folder, total))
     finally:
         watch.close()
         if settings.gradient_checkpointing:

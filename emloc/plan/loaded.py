@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from emloc.diffusion.lora import add_denoiser_lora
+from emloc.fused import fused_lora
 from emloc.lora import add_lora
 from emloc.optimize import state_bytes
 from emloc.plan.peak import Peak
@@ -59,7 +60,8 @@ def train_step(
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     adapter += state_bytes(settings.optimizer) * parameters
     weights = bytes_of(model, trained=False)
-    with without_data(model, device):
+    with without_data(model, device), fused_lora(model) if settings.fused else nullcontext():
+        adapter += _beyond_parameters(model)
         kept = _gradients(model) if settings.accumulation > 1 else None
         with tracked(model, device) as tracker:
             with _precision(settings.precision, device):
@@ -94,6 +96,12 @@ def _checkpoint(model: Any) -> None:
         model.enable_gradient_checkpointing()
     else:
         model.activation_checkpointing_enable({"use_reentrant": False})
+
+
+def _beyond_parameters(model: nn.Module) -> int:
+    """Bytes beside the frozen weights in their storages, where a fused LoRA is copied to."""
+    frozen = (p for p in model.parameters() if not p.requires_grad)
+    return sum(p.untyped_storage().nbytes() - p.nbytes for p in frozen)
 
 
 def _gradients(model: nn.Module) -> list[torch.Tensor]:

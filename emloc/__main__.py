@@ -28,6 +28,7 @@ from emloc.internvl import convert
 from emloc.merge import merge_adapter
 from emloc.metrics import METRICS, references_of, score
 from emloc.models import load_model, open_model
+from emloc.nf4 import load_base
 from emloc.plan.command import plan
 from emloc.settings import LoraSettings, TrainSettings
 from emloc.source import describe, resolve_model
@@ -123,6 +124,7 @@ def train_command(
     schedule: str = "cosine",
     warmup: float = 0.03,
     precision: Annotated[str, typer.Option(help="float32 or bfloat16")] = "bfloat16",
+    quantization: Annotated[str | None, typer.Option(help="nf4: train over 4-bit weights")] = None,
     gradient_checkpointing: bool = False,
     seed: int = 0,
     r: Annotated[int, typer.Option(help="LoRA rank")] = 8,
@@ -142,17 +144,17 @@ def train_command(
     settings = TrainSettings(**_fields_of(TrainSettings, chosen))
     codec = _codec(emulator, max_patches)
     rows = [read_data(file, format=format_) if file else [] for file in (data, validation)]
-    quantization = read_json(emulator / "config.json").get("quantization_config", {})
+    made_of = read_json(emulator / "config.json").get("quantization_config", {})
     inputs = [emulator / "config.json", *emulator.glob("*.safetensors"), data]
     key = digest({"lora": lora, "settings": settings}, inputs)
     history = finetune(
-        load_model(emulator, dtype=pick_dtype(precision), device=pick_device(device)),
+        load_base(emulator, lora=lora, settings=settings, device=pick_device(device)),
         _examples(codec, rows[0], max_length, data),
         _examples(codec, rows[1], max_length, validation),
         codec=codec,
         lora=lora,
         settings=settings,
-        base_name=quantization.get("base_model") or str(emulator),
+        base_name=made_of.get("base_model") or str(emulator),
         out=out,
         checkpoints=out.parent / f".{out.name}.checkpoints-{key}",
     )

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from emloc import optimize
 from emloc.families.text import TextCodec
 from emloc.finetune import finetune
 from emloc.lowrank import EmlocConfig, LowRankLinear, replace_linears
@@ -86,6 +87,14 @@ def save_emulator(folder: Path) -> Path:
     ).to_dict()
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def hide_package(patch: pytest.MonkeyPatch, name: str) -> None:
+    """Let an optional package look as if it was not installed."""
+    found = optimize.find_spec
+    patch.setattr(
+        optimize, "find_spec", lambda package: None if package == name else found(package)
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from peft import PeftModel
 from torch import nn
 
 from emloc.calibrate import calibrate
@@ -30,6 +29,7 @@ from emloc.metrics import METRICS, references_of, score
 from emloc.models import load_model, open_model
 from emloc.nf4 import load_base
 from emloc.plan.command import plan
+from emloc.plug import plug
 from emloc.settings import LoraSettings, TrainSettings
 from emloc.source import describe, resolve_model
 from emloc.targets import BLOCKS, SWEPT, ratios_for, select
@@ -237,7 +237,7 @@ def generate_command(
     device: Device = "auto",
     dtype: Dtype = "bfloat16",
 ) -> None:
-    """Answer prompts with the original or an emulator, with or without an adapter."""
+    """Answer prompts with the original, a quantised copy or an emulator, and maybe an adapter."""
     path = resolve_model(model)
     codec = _codec(path, max_patches)
     rows = [_question(text, image or []) for text in prompt]
@@ -267,7 +267,8 @@ def evaluate_command(
     device: Device = "auto",
     dtype: Dtype = "bfloat16",
 ) -> None:
-    """Answer the rows of a file with the original, with or without an adapter, and score it."""
+    """Answer the rows of a file with the original or a quantised copy, maybe with an adapter, and
+    score it."""
     path = resolve_model(model)
     codec = _codec(path, max_patches)
     rows = read_data(data, format=format_)
@@ -289,7 +290,7 @@ def evaluate_command(
 def _plugged(path: Path, adapter: Path | None, dtype: str, device: str) -> nn.Module:
     """A model with an adapter, if one is named."""
     model = load_model(path, dtype=pick_dtype(dtype), device=pick_device(device))
-    return PeftModel.from_pretrained(model, str(adapter)) if adapter else model
+    return plug(model, adapter) if adapter else model
 
 
 def _question(text: str, images: list[Path]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from torch import nn
 
 from emloc.devices import pick_dtype
@@ -13,8 +12,10 @@ from emloc.files import read_jsonl, write_jsonl
 from emloc.generate import generate_answers, mean_loss
 from emloc.metrics import references_of, score
 from emloc.models import load_model
+from emloc.plug import plug
 from tasks import layout
 from tasks.encoding import codec_of, encode
+from tasks.original import find_original
 from tasks.params import Params
 
 
@@ -30,7 +31,7 @@ def score_answers(
     """Metrics of greedy answers to the test rows.
 
     Args:
-        base: the original, or an emulator.
+        base: the original, a quantised copy of it, or an emulator.
         adapter: on top of it, if any.
         label: of the progress bars.
         predictions: where the answers go, `.jsonl` added to its name.
@@ -38,8 +39,8 @@ def score_answers(
     """
     model: nn.Module = load_model(base, dtype=pick_dtype(params.model.dtype), device=device)
     if adapter is not None:
-        model = PeftModel.from_pretrained(model, str(adapter))  # type: ignore[arg-type]
-    codec = codec_of(base, params)
+        model = plug(model, adapter)
+    codec = codec_of(find_original(params)[0], params)  # a quantised copy may lack its files
     settings = params.evaluate
     rows = read_jsonl(layout.rows("test"))
     examples = encode("test", codec, params)

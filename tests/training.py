@@ -42,12 +42,13 @@ def train(model: PreTrainedModel, folder: Path, **changes: Any) -> dict[str, Any
     lora = changes.pop("lora", LoraSettings(r=4))
     rows, validation = changes.pop("rows", make_rows(12)), changes.pop("validation", [])
     base_name = changes.pop("base_name", "someone/original")
+    codec = changes.pop("codec", None) or TextCodec(tiny_tokenizer())
     settings: dict[str, Any] = dict(steps=4, batch_size=4, learning_rate=1e-2, log_steps=1)
     return finetune(
         model,
         rows,
         validation,
-        codec=TextCodec(tiny_tokenizer()),
+        codec=codec,
         lora=lora,
         settings=TrainSettings(**{**settings, **changes}),
         base_name=base_name,

@@ -2,6 +2,7 @@
 
 - `load_base`: the model to train a LoRA on, its weights as the training's settings want them
 - `Nf4LowRankLinear`: a low-rank layer with both factors in NF4
+- `bytes_spared`: what that is worth, for a plan
 
 An emulator's config.json has one `quantization_config`, and that is ours. So bitsandbytes' own way
 through transformers is closed, and the layers are replaced here while the weights are read, tensor
@@ -121,6 +122,21 @@ def layers_to_quantize(model: Any, lora: LoraSettings) -> list[str]:
         if type(module) in (nn.Linear, LowRankLinear) and not whole:
             names.append(name)
     return names
+
+
+def bytes_spared(model: Any, lora: LoraSettings) -> int:
+    """Bytes that NF4 spares at the peak: 33 of 64 bytes stay of 64 weights, and to multiply, one
+    layer's weight is whole.
+
+    Args:
+        model: as it would be loaded without, maybe on the meta device.
+        lora: the adapter's shape.
+    """
+    layers = [model.get_submodule(name) for name in layers_to_quantize(model, lora)]
+    weights = [layer._parameters.get(key) for layer in layers for key in ("weight", "weight_in")]
+    whole = [weight for weight in weights if weight is not None]
+    spared = sum(weight.nbytes - weight.numel() * 33 // 64 for weight in whole)
+    return max(0, spared - max((weight.nbytes for weight in whole), default=0))
 
 
 def _quantize(

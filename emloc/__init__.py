@@ -5,11 +5,13 @@ Importing this package teaches transformers and diffusers to load emulator check
 `FluxTransformer2DModel.from_pretrained(emulator_folder)` work like for any other checkpoint.
 """
 
+import emloc.quiet  # first: diffusers imports bitsandbytes, if it is there
 from emloc import lowrank_diffusers
 from emloc.lowrank import LowRankLinear, register
-from emloc.quiet import quiet_libraries
 
-with quiet_libraries():  # diffusers' pipelines import these, which tell at length of torchvision
+with (
+    emloc.quiet.quiet_libraries()
+):  # diffusers' pipelines import these, which tell at length of torchvision
     from transformers import CLIPImageProcessor, SiglipImageProcessor  # noqa: F401
 
 __all__ = ["LowRankLinear"]

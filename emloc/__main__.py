@@ -27,8 +27,9 @@ from emloc.internvl import convert
 from emloc.merge import merge_adapter
 from emloc.metrics import METRICS, references_of, score
 from emloc.models import load_model, open_model
-from emloc.offload import add_adapter
+from emloc.nf4 import load_base
 from emloc.plan.command import plan
+from emloc.plug import plug
 from emloc.settings import LoraSettings, TrainSettings
 from emloc.source import describe, resolve_model
 from emloc.targets import BLOCKS, SWEPT, ratios_for, select
@@ -123,6 +124,7 @@ def train_command(
     schedule: str = "cosine",
     warmup: float = 0.03,
     precision: Annotated[str, typer.Option(help="float32 or bfloat16")] = "bfloat16",
+    quantization: Annotated[str | None, typer.Option(help="nf4: train over 4-bit weights")] = None,
     gradient_checkpointing: bool = False,
     seed: int = 0,
     r: Annotated[int, typer.Option(help="LoRA rank")] = 8,
@@ -142,17 +144,17 @@ def train_command(
     settings = TrainSettings(**_fields_of(TrainSettings, chosen))
     codec = _codec(emulator, max_patches)
     rows = [read_data(file, format=format_) if file else [] for file in (data, validation)]
-    quantization = read_json(emulator / "config.json").get("quantization_config", {})
+    made_of = read_json(emulator / "config.json").get("quantization_config", {})
     inputs = [emulator / "config.json", *emulator.glob("*.safetensors"), data]
     key = digest({"lora": lora, "settings": settings}, inputs)
     history = finetune(
-        load_model(emulator, dtype=pick_dtype(precision), device=pick_device(device)),
+        load_base(emulator, lora=lora, settings=settings, device=pick_device(device)),
         _examples(codec, rows[0], max_length, data),
         _examples(codec, rows[1], max_length, validation),
         codec=codec,
         lora=lora,
         settings=settings,
-        base_name=quantization.get("base_model") or str(emulator),
+        base_name=made_of.get("base_model") or str(emulator),
         out=out,
         checkpoints=out.parent / f".{out.name}.checkpoints-{key}",
     )
@@ -235,7 +237,7 @@ def generate_command(
     device: Device = "auto",
     dtype: Dtype = "bfloat16",
 ) -> None:
-    """Answer prompts with the original or an emulator, with or without an adapter."""
+    """Answer prompts with the original, a quantised copy or an emulator, and maybe an adapter."""
     path = resolve_model(model)
     codec = _codec(path, max_patches)
     rows = [_question(text, image or []) for text in prompt]
@@ -265,7 +267,8 @@ def evaluate_command(
     device: Device = "auto",
     dtype: Dtype = "bfloat16",
 ) -> None:
-    """Answer the rows of a file with the original, with or without an adapter, and score it."""
+    """Answer the rows of a file with the original or a quantised copy, maybe with an adapter, and
+    score it."""
     path = resolve_model(model)
     codec = _codec(path, max_patches)
     rows = read_data(data, format=format_)
@@ -287,7 +290,7 @@ def evaluate_command(
 def _plugged(path: Path, adapter: Path | None, dtype: str, device: str) -> nn.Module:
     """A model with an adapter, if one is named."""
     model = load_model(path, dtype=pick_dtype(dtype), device=pick_device(device), offload=True)
-    return add_adapter(model, adapter) if adapter else model
+    return plug(model, adapter) if adapter else model
 
 
 def _question(text: str, images: list[Path]) -> dict[str, Any]:

@@ -6,6 +6,10 @@ original and the emulator differ by D = (W − W_E) Q, and B'' = B' − D/s take
 each direction's D clamped to at most λ times the adapter's own size. Unclamped, the original with
 the corrected adapter equals the emulator with the raw one on every input in A's row space.
 
+W_E is the emulator as it is stored, also for an adapter that was trained over its weights in NF4
+(see `emloc.nf4`): what 4 bits round off is noise around W_E that the original should not be given.
+The equality then holds for the emulator as it is stored, not for the rounded one.
+
 - `correct_layer`: the maths for one layer
 - `correct_adapter`: a whole adapter folder, layer by layer
 

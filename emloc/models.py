@@ -3,6 +3,7 @@
 - `load_model`: a model with its weights on one device, or spread over the memories there are
 - `open_model`: the same model on the meta device, with a `WeightStore` that knows where each
   parameter lies in the safetensors files and counts what it reads
+- `check_copy`: whether a checkpoint, quantised maybe, has the layers of another
 - `evaluating`: for the length of a `with` block, a model in eval mode without gradients
 
 Of a diffusion pipeline, the model is its denoiser.
@@ -30,6 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from emloc.checkpoint import is_denoiser, is_pipeline
 from emloc.diffusion.pipelines import load_denoiser, open_denoiser
 from emloc.files import read_json
+from emloc.lowrank import METHOD
 from emloc.offload import spread_over
 from emloc.quiet import quiet_libraries
 from emloc.weights import Location, OpenedModel, WeightStore
@@ -130,7 +132,7 @@ def _from_pretrained(
         with quiet_libraries():
             kind = AutoModelForImageTextToText if sees_pictures(path) else AutoModelForCausalLM
             return kind.from_pretrained(path, dtype=dtype, use_safetensors=True, **spread)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
         if "needed to be re-saved" in str(error):
             architecture = (AutoConfig.from_pretrained(path).architectures or ["this model"])[0]
             raise ValueError(
@@ -139,6 +141,57 @@ def _from_pretrained(
             ) from error
         first_line = str(error).strip().splitlines()[0]
         raise ValueError(f"{path} could not be loaded: {first_line}") from error
+
+
+def check_copy(copy: Path | str, original: Path | str) -> None:
+    """Make sure that a quantised copy has the layers of its original, so that adapters fit it.
+
+    Both are built from their configs alone, without weights and without what quantises them.
+
+    Raises:
+        ValueError: a linear layer but the output head is missing or of another shape, or the copy
+            is an emulator or no language or vision-language model.
+    """
+    if is_pipeline(copy) or is_denoiser(copy) or quantization_of(copy) == METHOD:
+        raise ValueError(
+            f"{copy} is an emulator or part of a diffusion pipeline, which cannot answer in the "
+            "original's place: name a quantised copy of the original."
+        )
+    mine, wanted = _linears(copy), _linears(original)
+    for name in sorted(mine.keys() | wanted.keys()):
+        if mine.get(name) != wanted.get(name):
+            found, needed = (
+                "×".join(map(str, shapes[name])) if name in shapes else "missing"
+                for shapes in (mine, wanted)
+            )
+            raise ValueError(
+                f"{copy} is no copy of the original: its layer {name} is {found}, the original's "
+                f"{needed}; name a quantised copy of model.source."
+            )
+
+
+def quantization_of(path: Path | str) -> str | None:
+    """The method that a checkpoint says it is quantised by; None if it is not."""
+    config = read_json(Path(path) / "config.json").get("quantization_config")
+    return None if config is None else str(config.get("quant_method", "unknown"))
+
+
+def _linears(path: Path | str) -> dict[str, tuple[int, int]]:
+    """Name → (out, in) of each linear layer but the output head, by the config of a checkpoint."""
+    kind = AutoModelForImageTextToText if sees_pictures(path) else AutoModelForCausalLM
+    try:
+        config = AutoConfig.from_pretrained(path)
+        vars(config).pop("quantization_config", None)
+        with quiet_libraries(), torch.device("meta"):
+            model = kind.from_config(config)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} could not be read: {str(error).splitlines()[0]}") from error
+    head = model.get_output_embeddings()
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
 
 
 def _offload_index(model: nn.Module) -> dict[str, dict[str, Any]]:

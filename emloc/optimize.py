@@ -8,9 +8,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,14 @@ def pick_optimizer(settings: TrainSettings) -> tuple[type[Any], dict[str, Any]] 
         ValueError: the package of the optimizer is not installed.
     """
     if settings.optimizer == PRODIGY:
-        _need("prodigyopt", settings.optimizer)
+        need_package("prodigyopt", "optimizer", settings.optimizer)
         options: dict[str, Any] = dict(betas=(0.9, 0.999), beta3=None, eps=1e-8, decouple=True)
         options |= dict(use_bias_correction=True, safeguard_warmup=True, lr=settings.learning_rate)
         from prodigyopt import Prodigy
 
         return Prodigy, options
     if _BITSANDBYTES.fullmatch(settings.optimizer):
-        _need("bitsandbytes", settings.optimizer)
+        need_package("bitsandbytes", "optimizer", settings.optimizer)
     return None
 
 
@@ -53,11 +53,18 @@ def state_bytes(optimizer: str) -> int:
     return 2 if "8bit" in optimizer else 8
 
 
-def _need(package: str, optimizer: str) -> None:
-    if importlib.util.find_spec(package) is None:
+def need_package(
+    package: str, setting: str, value: str, otherwise: str = "choose another optimizer"
+) -> None:
+    """Make sure that the optional package which a setting's value needs is installed.
+
+    Raises:
+        ValueError: it is not; `otherwise` is what else to do.
+    """
+    if find_spec(package) is None:
         raise ValueError(
-            f"optimizer is {optimizer!r}, which needs the package {package}, but that is not "
-            f"installed: install it (pip install {package}) or choose another optimizer."
+            f"{setting} is {value!r}, which needs the package {package}, but that is not "
+            f"installed: install it (pip install {package}) or {otherwise}."
         )
 
 

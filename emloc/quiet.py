@@ -2,6 +2,7 @@
 
 - `quiet_libraries`: transformers and accelerate
 - `quiet_diffusers`
+- on import: bitsandbytes, which tells when it is imported, as diffusers does, of a kernel it lacks
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Iterator
 
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
+
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager

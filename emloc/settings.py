@@ -26,6 +26,7 @@ SCHEDULES = (
     "cosine_with_restarts",
 )
 PRECISIONS = ("float32", "bfloat16")
+QUANTIZATIONS = ("nf4",)
 OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adafactor", "sgd", "prodigy")  # the usual ones
 WEIGHTINGS = ("logit_normal", "sigma_sqrt", "mode", "cosmap", "none")
 _INITS: dict[str, bool | Literal["gaussian"]] = {"default": True, "gaussian": "gaussian"}
@@ -161,6 +162,8 @@ class TrainSettings:
             size (learning_rate is then a factor, best left at 1).
         max_grad_norm: longer gradients are cut to this length; 0 cuts none.
         precision: "float32", or "bfloat16" for mixed precision (the LoRA stays in float32).
+        quantization: of the frozen weights while training: None for none, or "nf4" for 4 bits
+            (QLoRA; needs bitsandbytes).
         gradient_checkpointing: less memory, about a third more time.
         group_by_length: batches of rows of like length, which saves padding.
         fused: compute a LoRA without dropout in the low-rank layer's own matrix products
@@ -187,6 +190,7 @@ class TrainSettings:
     optimizer: str = "adamw_torch_fused"
     max_grad_norm: float = 1.0
     precision: str = "float32"
+    quantization: str | None = None
     gradient_checkpointing: bool = False
     group_by_length: bool = False
     fused: bool = True
@@ -227,6 +231,9 @@ class TrainSettings:
         self._check_choices()
 
     def _check_choices(self) -> None:
+        known = self.quantization is None or self.quantization in QUANTIZATIONS
+        kinds = f"empty or one of {', '.join(QUANTIZATIONS)}"
+        require(known, "quantization", self.quantization, kinds)
         choices = {"schedule": SCHEDULES, "precision": PRECISIONS}
         if self.optimizer not in OPTIMIZERS:
             from transformers.training_args import OptimizerNames  # loads much

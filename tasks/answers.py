@@ -12,9 +12,11 @@ from emloc.files import read_jsonl, write_jsonl
 from emloc.generate import generate_answers, mean_loss
 from emloc.metrics import references_of, score
 from emloc.models import load_model
-from emloc.offload import add_adapter, shares
+from emloc.offload import shares
+from emloc.plug import plug
 from tasks import layout
 from tasks.encoding import codec_of, encode
+from tasks.original import find_original
 from tasks.params import Params
 
 
@@ -31,7 +33,7 @@ def score_answers(
     """Metrics of greedy answers to the test rows.
 
     Args:
-        base: the original, or an emulator.
+        base: the original, a quantised copy of it, or an emulator.
         adapter: on top of it, if any.
         label: of the progress bars.
         predictions: where the answers go, `.jsonl` added to its name.
@@ -46,8 +48,8 @@ def score_answers(
     if placed is not None:
         placed[label] = shares(model)
     if adapter is not None:
-        model = add_adapter(model, adapter)
-    codec = codec_of(base, params)
+        model = plug(model, adapter)
+    codec = codec_of(find_original(params)[0], params)  # a quantised copy may lack its files
     settings = params.evaluate
     rows = read_jsonl(layout.rows("test"))
     examples = encode("test", codec, params)

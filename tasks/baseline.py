@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from emloc.files import write_json
 from tasks import layout
-from tasks.original import find_original
+from tasks.original import find_answering
 from tasks.params import Params
 from tasks.scoring import scorer_of
 from tasks.stage import costing, main
@@ -12,7 +12,7 @@ from tasks.stage import costing, main
 
 def run(params: Params) -> None:
     """One model is in memory at a time."""
-    path, _ = find_original(params)
+    path = find_answering(params)
     score = scorer_of(params)
     ways = {"original": None}
     if params.evaluate.direct:

@@ -21,7 +21,8 @@ from tasks.params import Params
 
 KNOBS = {
     "calibrate": "lower calibrate.samples or calibrate.batch_size",
-    "train": "lower train.batch_size or the ratio, or set train.gradient_checkpointing",
+    "train": "lower train.batch_size or the ratio, or set train.gradient_checkpointing or "
+    "train.quantization",
     "direct": "lower train.batch_size, set train.gradient_checkpointing, or set evaluate.direct to "
     "false",
     "correct": "set device to cpu for this stage",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from emloc.files import write_json
 from tasks import layout
-from tasks.original import find_original
+from tasks.original import find_answering
 from tasks.params import Params
 from tasks.scoring import scorer_of
 from tasks.stage import costing, main_with_ratio
@@ -12,7 +12,7 @@ from tasks.stage import costing, main_with_ratio
 
 def run(params: Params, ratio: float) -> None:
     """One model is in memory at a time."""
-    path, _ = find_original(params)
+    path = find_answering(params)
     score = scorer_of(params)
     folder = layout.results(ratio)
     emulator = layout.emulator(ratio)

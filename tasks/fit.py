@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from emloc.devices import pick_dtype
 from emloc.files import digest, write_json
 from emloc.finetune import finetune
-from emloc.models import load_model
+from emloc.nf4 import load_base
 from tasks import layout
 from tasks.encoding import codec_of, encode
 from tasks.fit_denoiser import fit_denoiser
@@ -77,7 +76,7 @@ def _fit_model(
     settings = params.train
     codec = codec_of(model, params)
     return finetune(
-        load_model(model, dtype=pick_dtype(settings.precision), device=device),
+        load_base(model, lora=settings.lora, settings=settings, device=device),
         encode("train", codec, params),
         encode("validation", codec, params) if params.data.validation else [],
         codec=codec,

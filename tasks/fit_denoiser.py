@@ -14,11 +14,12 @@ from PIL import Image
 from emloc.devices import pick_dtype
 from emloc.diffusion.drawing import DrawSettings, draw
 from emloc.diffusion.encoding import Encoded
-from emloc.diffusion.pipelines import load_denoiser, load_pipeline, pipeline_class
+from emloc.diffusion.pipelines import load_pipeline, pipeline_class
 from emloc.diffusion.sheet import contact_sheet
 from emloc.diffusion.training import personalize
 from emloc.families.diffusion import load_family
 from emloc.files import writing
+from emloc.nf4 import load_base
 from tasks import layout
 from tasks.original import find_original
 from tasks.params import Params
@@ -39,11 +40,10 @@ def fit_denoiser(
     path, _ = find_original(params)
     settings = params.train
     train = Encoded.load(layout.encoded("train"))
-    dtype = pick_dtype(settings.precision)
     drawn = settings.pictures
     folder = checkpoints / "pictures"
     history = personalize(
-        load_denoiser(model, dtype=dtype, device=device),
+        load_base(model, lora=settings.lora, settings=settings, device=device),
         load_family(path),
         train,
         Encoded.load(layout.encoded("validation")) if params.data.validation else None,

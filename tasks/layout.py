@@ -14,6 +14,7 @@ ARTIFACTS, RESULTS, REPORT = Path("artifacts"), Path("results"), Path("report")
 
 BASE = ARTIFACTS / "base"
 POINTER = ARTIFACTS / "model.json"
+QUANTIZED = ARTIFACTS / "quantized.json"
 DATA = ARTIFACTS / "data"
 FACTORS = ARTIFACTS / "factors"
 DIRECT_ADAPTER = ARTIFACTS / "adapters" / "direct"

@@ -22,3 +22,17 @@ def find_original(params: Params) -> tuple[Path, dict[str, Any]]:
     pointer = read_json(layout.POINTER)
     check(pointer, path)
     return path, pointer
+
+
+def find_answering(params: Params) -> Path:
+    """The model that answers as the original: its quantised copy (evaluate.model), or itself.
+
+    Raises:
+        ValueError: the files changed since `prepare`, or are gone.
+    """
+    path, _ = find_original(params)
+    if params.evaluate.model is None:
+        return path
+    copy = resolve_model(params.evaluate.model)
+    check(read_json(layout.QUANTIZED), copy)
+    return copy

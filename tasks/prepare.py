@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from emloc.data import SPLITS, Row, split_rows
 from emloc.diffusion.pipelines import is_pipeline
 from emloc.families import Codec
 from emloc.files import read_jsonl, write_json
+from emloc.models import check_copy, quantization_of
 from emloc.pictures import load_picture, pictures_of
 from emloc.source import describe, resolve_model
 from tasks import layout
@@ -114,13 +116,15 @@ def prepare_rows(path: Path, params: Params) -> Counter[str]:
 
 
 def run(params: Params) -> None:
-    """Write the pointer to the model and the splits; rows that do not fit are named or left out."""
+    """Write the pointers and the splits; rows that do not fit are named or left out."""
     model = params.model
     path = resolve_model(model.source, revision=model.revision, sha256=model.sha256)
     check_kind(path, params)
+    quantized = describe_copy(params, path)
     prepare_split = prepare_rows if params.noise is None else prepare_pictures
     left_out = prepare_split(path, params)
     write_json(layout.POINTER, describe(model.source, path, revision=model.revision))
+    write_json(layout.QUANTIZED, quantized)
     counts = {name: len(read_jsonl(layout.rows(name))) for name in (*SPLITS, "calibration")}
     reasons = {name: left_out[name] for name in ("too_long", "unreadable")}
     write_json(layout.PREPARED, {"rows": counts, **reasons})
@@ -128,6 +132,16 @@ def run(params: Params) -> None:
     for name, count in reasons.items():
         if count:
             print(f"left out {count} rows: {name.replace('_', ' ')}")
+
+
+def describe_copy(params: Params, original: Path) -> dict[str, Any]:
+    """The pointer to the quantised copy that shall answer, with its method; empty without one."""
+    source = params.evaluate.model
+    if source is None:
+        return {}
+    path = resolve_model(source)
+    check_copy(path, original)
+    return {**describe(source, path), "method": quantization_of(path)}
 
 
 def check_kind(path: Path, params: Params) -> None:

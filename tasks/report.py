@@ -221,7 +221,7 @@ def _page(params: Params, quality: list[dict[str, Any]], costs: list[dict[str, A
     parts = [
         "# EMLoC report",
         f"Original: `{pointer['name']}` (fingerprint `{pointer['fingerprint'][:12]}`). "
-        f"Rows: {counts}; {left_out}.",
+        f"{_answering()}Rows: {counts}; {left_out}.",
         quality_table(quality, params.evaluate.scores),
         f"All are scored alike; {OF_ANSWERS if params.noise is None else OF_PICTURES}. `trained` "
         "counts the adapter's parameters; GiB and s are the peak memory and the seconds of its "
@@ -249,6 +249,18 @@ def spread_weights(params: Params) -> list[str]:
                 kept = ", ".join(f"{share:.0%} {place}" for place, share in largest_first)
                 sentences.append(f"Weights of {LABELS[way]}{ratio} while it was scored: {kept}.")
     return sentences
+
+
+def _answering() -> str:
+    """Which model answered as the original, if that was a quantised copy."""
+    copy = read_json(layout.QUANTIZED)
+    if not copy:
+        return ""
+    kind = "not quantised" if copy["method"] is None else f"quantised by {copy['method']}"
+    return (
+        f"In its place answered a copy of it, `{copy['name']}` (fingerprint "
+        f"`{copy['fingerprint'][:12]}`, {kind}). "
+    )
 
 
 def _curve(folder: Path) -> list[dict[str, float]]:

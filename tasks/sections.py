@@ -153,13 +153,14 @@ class Pictures(Section):
 
 
 class Evaluate(Section):
-    """`evaluate`: how the test rows are answered and scored (`metrics`, the main one first), and
-    whether direct LoRA is trained to compare."""
+    """`evaluate`: how the test rows are answered and scored (`metrics`, the main one first),
+    whether direct LoRA is trained to compare, and a quantised copy to answer as the original."""
 
     metrics: list[MetricName] = Field(min_length=1)
     batch_size: int = Field(default=8, ge=1)
     max_new_tokens: int = Field(default=64, ge=1)
     direct: bool = False
+    model: str | None = None
     pictures: Pictures | None
 
     @field_validator("metrics")
@@ -171,6 +172,11 @@ class Evaluate(Section):
 
     @model_validator(mode="after")
     def _fit_the_model(self) -> Evaluate:
+        if self.model is not None and self.pictures is not None:
+            raise ValueError(
+                f"model is {self.model!r}, but a diffusion pipeline draws with model.source: leave "
+                "it null"
+            )
         known = get_args(TextMetric if self.pictures is None else PictureMetric)
         for name in self.metrics:
             if name not in known:

@@ -25,7 +25,7 @@ from emloc.settings import LoraSettings, NoiseSettings, TrainSettings
 from tests.test_diffusion_family import drawn_encoded
 from tests.tiny import tiny_model
 from tests.tiny_diffusion import denoiser_inputs, save_tiny_pipeline
-from tests.training import as_bytes, one_thread
+from tests.training import as_bytes, hide_package, one_thread
 from tests.training import train as train_text
 
 __all__ = ["one_thread"]
@@ -252,12 +252,15 @@ def test_prodigy_finds_its_own_step_size(folders: dict[str, Path], tmp_path: Pat
     assert losses[-1] < 0.95 * losses[0]  # it starts with minute steps
 
 
-def test_language_models_take_the_same_optimizers(tmp_path: Path) -> None:
+def test_language_models_take_the_same_optimizers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options: dict[str, Any] = dict(steps=3, learning_rate=1.0, weight_decay=0.1)
     train_text(tiny_model("llama"), tmp_path, optimizer="prodigy", **options)
     first = as_bytes(tmp_path)
     train_text(tiny_model("llama"), tmp_path, optimizer="adamw_torch", **options)
     assert as_bytes(tmp_path) != first
+    hide_package(monkeypatch, "bitsandbytes")
     with pytest.raises(ValueError, match="needs the package bitsandbytes"):
         train_text(tiny_model("llama"), tmp_path, optimizer="paged_adamw_8bit")
 
@@ -286,8 +289,9 @@ def test_held_out_noise_is_the_same_for_every_model_and_batch_size(
 
 
 def test_what_cannot_be_trained_is_refused_in_words(
-    folders: dict[str, Path], tmp_path: Path
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    hide_package(monkeypatch, "bitsandbytes")
     bad: list[tuple[dict[str, Any], str]] = [
         (dict(lora=LoraSettings(modules_to_save=["proj_out"])), "files hold nothing but LoRA"),
         (dict(lora=LoraSettings(target_modules=["query"])), "matches no module of this model"),

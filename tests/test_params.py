@@ -15,6 +15,7 @@ import yaml
 from tasks.params import load_params
 
 ROOT = Path(__file__).parent.parent
+PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
 IMPORTED = """
@@ -67,6 +68,8 @@ def changed(tmp_path: Path, path: str, value: Any) -> Path:
         ("train.schedule", "cosin", "schedule is 'cosin', but it must be one of cosine"),
         ("train.lora.r", 0, "r is 0"),
         ("correct.limit", -1, "correct.limit is -1"),
+        ("train.quantization", "int4", "quantization is 'int4', but it must be empty or one of"),
+        ("evaluate.model", 4, "evaluate.model is 4, but it should be a valid string"),
         ("model.dtype", "float16", "model.dtype is 'float16'"),
     ],
 )
@@ -98,8 +101,9 @@ def test_a_stage_depends_on_just_the_modules_that_it_imports(stage: str) -> None
     assert declared == imported
 
 
-def test_params_of_stages_exist() -> None:
-    content = yaml.safe_load((ROOT / "params.yaml").read_text())
+@pytest.mark.parametrize("file", ["params.yaml", *(f"presets/{p.name}" for p in PRESETS)])
+def test_params_of_stages_exist(file: str) -> None:
+    content = yaml.safe_load((ROOT / file).read_text())
     for stage in STAGES.values():
         for path in stage["params"]:
             value = content

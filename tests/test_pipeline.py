@@ -6,9 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.project import write_params
 from tests.shell import BRANCH, clone, dvc, hashes, ran, read_params, restored, start
+from tests.tiny import save_tiny
 
 pytest_plugins = "tests.reproduced"
 pytestmark = pytest.mark.slow
@@ -65,6 +67,15 @@ def test_the_same_model_at_another_path_gives_the_same_emulator(
     dvc(cloned, "repro", "compress@0.5")
     path = "artifacts/emulators/0.5"
     assert hashes(cloned)[path] == hashes(project)[path]
+
+
+def test_another_model_to_answer_reruns_the_answers_only(project: Path, tmp_path: Path) -> None:
+    params = read_params(project)
+    params["evaluate"]["model"] = str(save_tiny("llama", tmp_path / "copy", dtype=torch.bfloat16))
+    write_params(project, params)
+    answers = {"baseline", *(f"evaluate@{ratio}" for ratio in params["ratios"])}
+    assert ran(dvc(project, "repro")) == {"prepare", *answers, "report"}
+    assert "answered a copy of it" in (project / "report/report.md").read_text()
 
 
 def test_metrics_and_plots_are_shown_by_dvc(project: Path) -> None:

@@ -21,6 +21,7 @@ from emloc.finetune import finetune
 from emloc.generate import generate_answers
 from emloc.lowrank import LowRankLinear, replace_linears
 from emloc.models import open_model
+from emloc.nf4 import bytes_spared
 from emloc.plan import options
 from emloc.plan.loaded import generate_peak, train_step
 from emloc.plan.options import Calibration, Planner
@@ -166,6 +167,17 @@ def test_correcting_takes_what_was_planned() -> None:
         loras = torch.rand(8, i), torch.rand(o, 8)
         correct_layer(*loras, parts[0], (parts[1], parts[2].bfloat16()), scaling=1.0, limit=3.0)
     assert 0.5 * tracker.peak_bytes < planned.total < 1.1 * tracker.peak_bytes
+
+
+def test_weights_in_4_bits_are_planned_for() -> None:
+    def weights_of(quantization: str | None) -> int:
+        settings = TrainSettings(steps=1, quantization=quantization)
+        model = empty_model(config(), torch.bfloat16)
+        step = train_step(model, Rows(1, 8), lora=LORA, settings=settings, device=CPU)
+        return step.peak.weights
+
+    spared = bytes_spared(empty_model(config(), torch.bfloat16), LORA)
+    assert weights_of(None) - weights_of("nf4") == spared > 0
 
 
 def test_calibrating_takes_what_was_planned(

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from emloc import optimize
 from emloc.families.text import TextCodec
 from emloc.finetune import finetune
 from emloc.lowrank import EmlocConfig, LowRankLinear, replace_linears
@@ -41,12 +42,13 @@ def train(model: PreTrainedModel, folder: Path, **changes: Any) -> dict[str, Any
     lora = changes.pop("lora", LoraSettings(r=4))
     rows, validation = changes.pop("rows", make_rows(12)), changes.pop("validation", [])
     base_name = changes.pop("base_name", "someone/original")
+    codec = changes.pop("codec", None) or TextCodec(tiny_tokenizer())
     settings: dict[str, Any] = dict(steps=4, batch_size=4, learning_rate=1e-2, log_steps=1)
     return finetune(
         model,
         rows,
         validation,
-        codec=TextCodec(tiny_tokenizer()),
+        codec=codec,
         lora=lora,
         settings=TrainSettings(**{**settings, **changes}),
         base_name=base_name,
@@ -86,6 +88,14 @@ def save_emulator(folder: Path) -> Path:
     ).to_dict()
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def hide_package(patch: pytest.MonkeyPatch, name: str) -> None:
+    """Let an optional package look as if it was not installed."""
+    found = optimize.find_spec
+    patch.setattr(
+        optimize, "find_spec", lambda package: None if package == name else found(package)
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,7 @@ from emloc.diffusion.sheet import contact_sheet
 from emloc.diffusion.training import personalize as train_lora
 from emloc.families.diffusion import load_family
 from emloc.files import digest
+from emloc.nf4 import load_base
 from emloc.settings import LoraSettings, NoiseSettings, TrainSettings
 from emloc.source import resolve_model
 
@@ -92,6 +93,7 @@ def personalize(
     schedule: str = "constant",
     optimizer: str = "prodigy",
     precision: Annotated[str, typer.Option(help="float32 or bfloat16")] = "bfloat16",
+    quantization: Annotated[str | None, typer.Option(help="nf4: train over 4-bit weights")] = None,
     gradient_checkpointing: bool = False,
     weighting: Annotated[str, typer.Option(help="of noise levels")] = "logit_normal",
     guidance: Annotated[float, typer.Option(help="what a distilled transformer is told")] = 1.0,
@@ -115,6 +117,7 @@ def personalize(
         schedule=schedule,
         optimizer=optimizer,
         precision=precision,
+        quantization=quantization,
         gradient_checkpointing=gradient_checkpointing,
         seed=seed,
     )
@@ -125,7 +128,7 @@ def personalize(
     inputs = [emulator / "config.json", *emulator.glob("*.safetensors"), data]
     key = digest({"lora": lora, "settings": settings, "noise": noise}, inputs)
     history = train_lora(
-        load_denoiser(emulator, dtype=pick_dtype(precision), device=pick_device(device)),
+        load_base(emulator, lora=lora, settings=settings, device=pick_device(device)),
         family,
         Encoded.load(data),
         None,

@@ -45,6 +45,7 @@ def plan(
     = "all-linear",
     optimizer: str = "adamw_torch_fused",
     precision: Annotated[str, typer.Option(help="float32 or bfloat16")] = "bfloat16",
+    quantization: Annotated[str | None, typer.Option(help="nf4: train over 4-bit weights")] = None,
     gradient_checkpointing: bool = True,
     device: Annotated[str, typer.Option(help="auto, cpu, or an accelerator such as cuda")] = "auto",
 ) -> None:  # fmt: skip
@@ -67,6 +68,7 @@ def plan(
             accumulation=accumulation,
             optimizer=optimizer,
             precision=precision,
+            quantization=quantization,
             gradient_checkpointing=gradient_checkpointing,
         ),
         calibration=Calibration(row if samples else None, samples, max_ratio),

@@ -16,6 +16,7 @@ from torch import nn
 from emloc.diffusion.lora import add_denoiser_lora
 from emloc.fused import fused_lora
 from emloc.lora import add_lora
+from emloc.nf4 import bytes_spared
 from emloc.optimize import state_bytes
 from emloc.plan.peak import Peak
 from emloc.plan.tracking import bytes_of, tracked, without_data
@@ -48,6 +49,7 @@ def train_step(
         settings: how to train; `batch_size` is not looked at.
         device: where training will run.
     """
+    spared = 0 if settings.quantization is None else bytes_spared(model, lora)
     with torch.device("meta"):
         if isinstance(work, Noised):
             add_denoiser_lora(model, lora, seed=0)
@@ -59,7 +61,7 @@ def train_step(
     adapter = bytes_of(model, trained=True)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     adapter += state_bytes(settings.optimizer) * parameters
-    weights = bytes_of(model, trained=False)
+    weights = bytes_of(model, trained=False) - spared
     with without_data(model, device), fused_lora(model) if settings.fused else nullcontext():
         adapter += _beyond_parameters(model)
         kept = _gradients(model) if settings.accumulation > 1 else None

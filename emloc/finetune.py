@@ -2,6 +2,7 @@
 
 - `finetune`: trains, and saves the adapter in one go at the end
 - a killed run goes on from its last whole checkpoint and ends like one that was not killed
+- several processes that run it together share the rows of each step; see `emloc.processes`
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from emloc.families import Codec
 from emloc.fused import fused_lora
 from emloc.lora import add_lora, save_adapter
 from emloc.optimize import history, pick_optimizer, training_arguments
-from emloc.resume import last_checkpoint, remove_checkpoints
+from emloc.processes import is_first, shard_frozen
+from emloc.resume import agreed_checkpoint, remove_checkpoints
 from emloc.settings import LoraSettings, TrainSettings
 from emloc.trainer import LoraTrainer, StepWatch
 
@@ -36,6 +39,7 @@ def finetune(
     out: str | os.PathLike[str],
     checkpoints: str | os.PathLike[str],
     progress: bool = True,
+    shard_on: torch.device | None = None,
 ) -> dict[str, Any]:
     """Train a LoRA on `model` where it is, and write the adapter to the folder `out`.
 
@@ -52,6 +56,8 @@ def finetune(
         checkpoints: folder for resuming, which must belong to just these inputs; its checkpoints
             go at the end.
         progress: show a bar with the loss.
+        shard_on: with several processes, the device to put this one's pieces of the frozen weights
+            on (the model is on the CPU then); None keeps the model whole where it is.
 
     Returns:
         `history` (rows with step, loss, learning_rate, grad_norm and, where validated, eval_loss),
@@ -63,12 +69,15 @@ def finetune(
     """
     _check_rows("training", train, needed=True)
     _check_rows("validation", validation, needed=settings.eval_steps is not None)
-    device, use_cache = model.device, getattr(model.config, "use_cache", None)
+    device, use_cache = shard_on or model.device, getattr(model.config, "use_cache", None)
     total = settings.total_steps(len(train))
     folder = Path(checkpoints)
     arguments = training_arguments(settings, total, folder, device)
     adapted = add_lora(model, lora, base_name=base_name, seed=settings.seed)
-    watch = StepWatch(settings.save_steps, settings.eval_steps, bool(validation), progress)
+    if shard_on is not None:
+        shard_frozen(model, shard_on)
+    shown = progress and is_first()
+    watch = StepWatch(settings.save_steps, settings.eval_steps, bool(validation), shown)
     trainer = LoraTrainer(
         adapted,
         arguments,
@@ -81,13 +90,14 @@ def finetune(
     )
     try:
         with fused_lora(adapted) if settings.fused else contextlib.nullcontext():
-            trainer.train(resume_from_checkpoint=last_checkpoint(folder, total))
+            trainer.train(resume_from_checkpoint=agreed_checkpoint(folder, total))
     finally:
         watch.close()
         if use_cache is not None:
             model.config.use_cache = use_cache
-    save_adapter(adapted, out)
-    remove_checkpoints(folder)
+    if is_first():
+        save_adapter(adapted, out)
+        remove_checkpoints(folder)
     return {
         "history": history(trainer.state.log_history, settings.log_steps, total),
         "trainable_parameters": sum(p.numel() for p in adapted.parameters() if p.requires_grad),

@@ -10,6 +10,7 @@ Letters: n labels, h hidden size, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -63,16 +64,13 @@ class LossInChunks:
 
     def __init__(self, model: Any) -> None:
         self.model, self.head = model, model.get_output_embeddings()
-        self._fits: bool | None = None
 
     def wanted(self, labels: int) -> bool:
         """Whether the logits of so many labels are too many to be there at once, and the model's
         loss can be computed otherwise."""
         if labels * getattr(self.head, "out_features", 0) <= LARGE:
             return False
-        if self._fits is None:
-            self._fits = self._fits_model()
-        return self._fits
+        return self.possible
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
@@ -80,7 +78,7 @@ class LossInChunks:
         where it has logits else."""
         model, head = self.model, self.head
         own = vars(model).get("_loss_function")
-        model.loss_function = partial(_loss, head.weight)
+        model.loss_function = partial(_loss, head)
         try:
             with self._head_is(lambda hidden: hidden):
                 yield
@@ -97,7 +95,8 @@ class LossInChunks:
         finally:
             del self.head.forward
 
-    def _fits_model(self) -> bool:
+    @functools.cached_property
+    def possible(self) -> bool:
         """Whether the loss is the usual one and what follows the head is linear, so that it may as
         well come before: a model may cap its logits."""
         head = self.head
@@ -115,7 +114,7 @@ class LossInChunks:
 
 
 def _loss(
-    weight: Tensor,
+    head: nn.Linear,
     logits: Tensor,
     labels: Tensor | None,
     vocab_size: int | None = None,
@@ -127,7 +126,7 @@ def _loss(
     if shift_labels is None:
         assert labels is not None
         shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=_IGNORED)
-    targets = shift_labels.flatten()
+    targets, weight = shift_labels.flatten(), head.weight  # whole in a forward pass
     total = chunked_cross_entropy(logits.reshape(-1, weight.shape[1]), weight, targets)
     count = (targets != _IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
     return total / count

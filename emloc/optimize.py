@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from emloc.processes import count, share
 from emloc.settings import TrainSettings
 
 PRODIGY = "prodigy"
@@ -126,6 +127,8 @@ def training_arguments(
             "make its device the only visible one."
         )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # never spread a batch over several GPUs
+    rows, passes = share(settings.batch_size, settings.accumulation, count())
+    arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps = rows, passes
     return arguments
 
 

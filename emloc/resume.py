@@ -15,6 +15,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from emloc.files import read_json
+from emloc.processes import agree, is_first
 
 COMPLETE = "complete.json"  # written last in a checkpoint: its files and their sizes
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -35,6 +36,21 @@ def last_checkpoint(folder: Path, total: int) -> str | None:
                 raise ValueError(f"it is at step {step} of {total}")
         return str(path)
     return None
+
+
+def agreed_checkpoint(folder: Path, total: int) -> str | None:
+    """`last_checkpoint` as the first process finds it, for all processes that train together.
+
+    Raises:
+        ValueError: see `last_checkpoint`; or another process does not see that checkpoint.
+    """
+    found = agree(last_checkpoint(folder, total) if is_first() else None)
+    if found is not None and not _is_whole(Path(found)):
+        raise ValueError(
+            f"the checkpoint {found} is not on this machine: let all machines share the folder of "
+            "the checkpoints."
+        )
+    return found
 
 
 def remove_checkpoints(folder: Path) -> None:

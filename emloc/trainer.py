@@ -23,12 +23,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from tqdm import tqdm
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from emloc.files import write_json
 from emloc.loss import LossInChunks
+from emloc.processes import Filled, SharedTrainer, count, number
 from emloc.resume import COMPLETE, checkpoints_in, must_fit
 
 _WEIGHTS = "adapter.safetensors"
@@ -56,7 +57,7 @@ class EpochOrder(Sampler[int]):
         return iter(torch.randperm(len(self.lengths), generator=generator).tolist())
 
 
-class AdapterTrainer(Trainer):
+class AdapterTrainer(SharedTrainer):
     """transformers' Trainer that saves and resumes nothing but the LoRA and what trains it.
 
     A subclass says what the loss and the validation are, and in which order rows come.
@@ -106,12 +107,17 @@ class AdapterTrainer(Trainer):
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return
         target = Path(output_dir or self.checkpoints)
         target.mkdir(parents=True, exist_ok=True)
         save_file(_adapter_weights(self.adapted), target / _WEIGHTS)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process writes the state of its random numbers
+        if not self.args.should_save:
+            return
         folder = self.checkpoints / f"checkpoint-{self.state.global_step}"
         write_json(folder / COMPLETE, {p.name: p.stat().st_size for p in folder.iterdir()})
         for _, old in sorted(checkpoints_in(self.checkpoints))[:-_KEPT]:
@@ -156,8 +162,18 @@ class LoraTrainer(AdapterTrainer):
         optimizer: tuple[type[Any], dict[str, Any]] | None = None,
     ) -> None:
         super().__init__(
-            cast(nn.Module, model), args, train, collator=collator, watch=watch, optimizer=optimizer
+            cast(nn.Module, model),
+            args,
+            train if count() == 1 else Filled(train),
+            collator=collator,
+            watch=watch,
+            optimizer=optimizer,
         )
+        if count() > 1 and not self.model_accepts_loss_kwargs:
+            raise ValueError(
+                f"{type(model.get_base_model()).__name__} computes its loss batch by batch, so "
+                f"{count()} processes would not learn the same as one: train with one process."
+            )
         self.by_length = by_length
         self.lengths = [len(row["input_ids"]) for row in train]
         self.validation = sorted(validation, key=lambda row: -len(row["input_ids"]))
@@ -165,9 +181,10 @@ class LoraTrainer(AdapterTrainer):
         kept = "logits_to_keep" in inspect.signature(base.forward).parameters
         self.skips_logits = kept and self._loss_shifts_labels and self.model_accepts_loss_kwargs
         self.chunks = LossInChunks(base)
+        _ = count() == 1 or self.chunks.possible  # takes forward passes, of all processes at a time
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
-        group = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        group = self.args.train_batch_size * self.args.gradient_accumulation_steps * count()
         return EpochOrder(self.lengths, group, self.by_length, self.args.seed)
 
     def compute_loss(
@@ -194,13 +211,23 @@ class LoraTrainer(AdapterTrainer):
         """Mean loss over all labels of the validation rows, whatever the batches."""
         model, size = self.model_wrapped, self.args.eval_batch_size
         model.eval()
-        total, count = 0.0, 0
-        for start in range(0, len(self.validation), size):
+        sums = torch.zeros(2, dtype=torch.float64)  # of losses, of labels
+        starts = range(0, len(self.validation), size)
+        for first in range(0, len(starts), count()):  # all processes do as many forward passes
+            mine = first + number() < len(starts)
+            start = starts[first + number() if mine else 0]
             inputs = self._prepare_inputs(self.collator(self.validation[start : start + size]))
-            labels = int((inputs["labels"][:, 1:] != -100).sum())
-            total += float(self.compute_loss(model, inputs)) * labels
-            count += labels
-        return self.log_validation(total / count)
+            labels = int((inputs["labels"][:, 1:] != -100).sum()) * mine
+            loss = float(self.compute_loss(model, inputs))
+            sums += torch.tensor([loss * labels, labels], dtype=torch.float64)
+        if count() > 1:
+            sums = cast(Tensor, self.accelerator.reduce(sums.to(self.args.device)))
+        return self.log_validation(float(sums[0] / sums[1]))
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        if (inputs["labels"] == -100).all():  # `Filled`'s row
+            inputs = {**inputs, "attention_mask": torch.zeros_like(inputs["attention_mask"])}
+        super()._track_num_input_tokens(inputs)
 
 
 class StepWatch(TrainerCallback):

@@ -20,6 +20,7 @@ from emloc.diffusion.training import personalize
 from emloc.families.diffusion import load_family
 from emloc.files import writing
 from emloc.nf4 import load_base
+from emloc.processes import is_first
 from tasks import layout
 from tasks.original import find_original
 from tasks.params import Params
@@ -57,7 +58,7 @@ def fit_denoiser(
         picture_steps=drawn.every if drawn else None,
         draw=_drawer(params, path, train, folder, device) if drawn else None,
     )
-    if drawn:
+    if drawn and is_first():
         _write_sheet(folder, adapter / SHEET)
     return history
 

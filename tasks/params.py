@@ -17,6 +17,7 @@ from tasks.sections import (
     Correct,
     Data,
     Evaluate,
+    Launch,
     Memory,
     Mlflow,
     Model,
@@ -35,6 +36,7 @@ class Params(Section):
 
     ratios: Annotated[list[Ratio], Field(min_length=1)]
     device: str = "auto"
+    launch: Launch | None = None
     memory: Memory = Memory()
     model: Model
     data: Data
@@ -55,6 +57,15 @@ class Params(Section):
             raise ValueError(
                 f"pretrain is {known}, but model.source is {self.model.source!r}: a pretrained "
                 f"original lies in {base}, so set both or neither"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_device_each(self) -> Params:
+        if self.launch is not None and ":" in self.device:
+            raise ValueError(
+                f"device is {self.device!r}, but launch starts processes that take a device each: "
+                f"write {self.device.partition(':')[0]} or auto"
             )
         return self
 

@@ -223,6 +223,27 @@ class TinyFluxBase(TinyFluxSettings):
 Pretrain = Annotated[EasyVqaBase | TinyFluxBase, Field(discriminator="recipe")]
 
 
+class Launch(Section):
+    """`launch`: the processes that train one adapter together; no stage depends on it.
+
+    `processes` is how many to start on this machine; `config` is a file that `accelerate config`
+    wrote. With `shard` each holds but a piece of the frozen weights.
+    """
+
+    processes: int | None = Field(default=None, ge=2)
+    config: str | None = None
+    shard: bool = False
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Launch:
+        if (self.processes is None) == (self.config is None):
+            raise ValueError(
+                f"processes is {self.processes} and config is {self.config}, but exactly one of "
+                "them must be set: leave the other out"
+            )
+        return self
+
+
 class Memory(Section):
     """`memory`: what a stage may take; no stage depends on it."""
 

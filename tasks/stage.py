@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 
 from emloc.devices import describe_machine, free_bytes, pick_device
 from emloc.files import write_json
-from emloc.memory import measure
+from emloc.memory import Cost, measure
 from emloc.sizes import show_gib
 from tasks.params import Params, load_params
 
@@ -74,20 +74,40 @@ def costing(
         ValueError: the stage does not fit the budget, or ran out of memory all the same.
     """
     device = pick_device(params.device)
-    planned = None
-    if stage is not None and params.memory.budget is not None:
-        from tasks.budget import check  # not above: no artifact depends on a plan
-
-        planned = check(params, stage, ratio)
-    with _memory_explained(stage or file.name.partition(".")[0], device), measure(device) as cost:
+    planned = None if stage is None else plan(params, stage, ratio)
+    with memory_explained(stage or file.name.partition(".")[0], device), measure(device) as cost:
         yield device
-    write_json(
-        file, {**asdict(cost), "planned_bytes": planned, **notes, "machine": describe_machine()}
-    )
+    write_cost(file, cost, planned, notes=notes)
+
+
+def write_cost(
+    file: Path,
+    cost: Cost,
+    planned: int | None,
+    *,
+    notes: Mapping[str, Any] | None = None,
+    **machine: Any,
+) -> None:
+    """Write what some work took and was planned to take; `machine` adds to what is told of that."""
+    content = {**asdict(cost), "planned_bytes": planned, **(notes or {})}
+    write_json(file, {**content, "machine": {**describe_machine(), **machine}})
+
+
+def plan(params: Params, stage: str, ratio: float | None) -> int | None:
+    """With `memory.budget` set, the planned peak of a stage in bytes, if it has one.
+
+    Raises:
+        ValueError: the stage does not fit the budget.
+    """
+    if params.memory.budget is None:
+        return None
+    from tasks.budget import check  # not above: no artifact depends on a plan
+
+    return check(params, stage, ratio)
 
 
 @contextlib.contextmanager
-def _memory_explained(stage: str, device: torch.device) -> Iterator[None]:
+def memory_explained(stage: str, device: torch.device) -> Iterator[None]:
     """Turn "out of memory" into a sentence; others may have filled the device meanwhile."""
     try:
         yield

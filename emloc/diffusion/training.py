@@ -29,7 +29,8 @@ from emloc.diffusion.scoring import mean_noise_loss
 from emloc.families.diffusion import Batch, DiffusionFamily, draw_seed
 from emloc.fused import fused_lora
 from emloc.optimize import history, pick_optimizer, training_arguments
-from emloc.resume import last_checkpoint, remove_checkpoints
+from emloc.processes import is_first
+from emloc.resume import agreed_checkpoint, remove_checkpoints
 from emloc.settings import LoraSettings, NoiseSettings, TrainSettings, is_whole, require
 from emloc.trainer import AdapterTrainer, StepWatch
 
@@ -93,7 +94,7 @@ def personalize(
     )
     optimizer = pick_optimizer(settings)
     add_denoiser_lora(denoiser, lora, seed=settings.seed)
-    watch = StepWatch(settings.save_steps, settings.eval_steps, True, progress)
+    watch = StepWatch(settings.save_steps, settings.eval_steps, True, progress and is_first())
     trainer = NoiseTrainer(
         denoiser,
         arguments,
@@ -106,20 +107,21 @@ def personalize(
         noise=noise,
         prior_weight=prior_weight,
     )
-    if draw is not None:
+    if draw is not None and is_first():
         trainer.add_callback(_Pictures(denoiser, draw, picture_steps))
     if settings.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     try:
         with fused_lora(model) if settings.fused else contextlib.nullcontext():
-            trainer.train(resume_from_checkpoint=last_checkpoint(folder, total))
+            trainer.train(resume_from_checkpoint=agreed_checkpoint(folder, total))
     finally:
         watch.close()
         if settings.gradient_checkpointing:
             model.disable_gradient_checkpointing()
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
-    save_lora(denoiser, pipeline, out)
-    remove_checkpoints(folder)
+    if is_first():
+        save_lora(denoiser, pipeline, out)
+        remove_checkpoints(folder)
     kinds = 2 if len(order.priors) else 1
     return {
         "history": history(trainer.state.log_history, settings.log_steps, total),

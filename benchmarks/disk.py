@@ -95,7 +95,9 @@ def run(width: int, blocks: int, ratio: float, repeats: int) -> dict[str, Any]:
     """Build, time, delete; seconds of each, and how much longer than the bare files it takes."""
     with tempfile.TemporaryDirectory(prefix="emloc-benchmark-") as name:
         folder = Path(name)
-        size = calibration_memory.build(folder / "original", blocks, width)
+        size = calibration_memory.build(
+            folder / "original", calibration_memory.grouped(blocks, width)
+        )
         write_factors(folder / "original", folder / "factors")
         work = Work(folder, ratio)
         work.cut()  # warm-up

@@ -101,6 +101,7 @@ class Case:
             new_tokens=NEW_TOKENS,
             device=pick_device(self.device),
             budget_bytes=0,
+            runtime_bytes=0,
         )
 
     def batch(self, rows: int) -> dict[str, torch.Tensor]:

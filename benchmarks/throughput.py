@@ -177,7 +177,9 @@ def folder_of(model: str) -> Iterator[Path]:
     width, _, blocks = model.partition("x")
     if width.isdecimal() and blocks.isdecimal():
         with tempfile.TemporaryDirectory(prefix="emloc-benchmark-") as name:
-            calibration_memory.build(Path(name), int(blocks), int(width))
+            calibration_memory.build(
+                Path(name), calibration_memory.grouped(int(blocks), int(width))
+            )
             yield Path(name)
     else:
         yield resolve_model(model, sha256=MODEL_SHA256 if model == MODEL else None)

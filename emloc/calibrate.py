@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from emloc.background import WorkBehind
 from emloc.devices import free_bytes
 from emloc.factor_work import FactorWriter
-from emloc.factors import full_float32
+from emloc.factors import factors_bytes, full_float32
 from emloc.files import write_json, writing
 from emloc.moments import Moments
 from emloc.streaming import Stream
@@ -58,7 +58,8 @@ def calibrate(
         What factors.json holds.
 
     Raises:
-        ValueError: a layer never ran, ran twice in one forward, or saw values that are not finite.
+        ValueError: a layer never ran, ran twice in one forward, or saw values that are not finite;
+            or the disk has no room for the factors.
     """
     stream = Stream(opened, device)
     by_unit: dict[str, list[str]] = {}
@@ -73,7 +74,13 @@ def calibrate(
 
     moments = Moments(linears, mask)
     label = "calibrate" if progress else None
-    with writing(out) as folder, full_float32(), moments.hooked(), WorkBehind() as work:
+    size = _factors_size(linears, max_ratio, dtype)
+    with (
+        writing(out, size=size) as folder,
+        full_float32(),
+        moments.hooked(),
+        WorkBehind() as work,
+    ):
         folder.mkdir()
         fits = fits or partial(_has_room, stream.device)
         writer = FactorWriter(folder, linears, by_unit, max_ratio, dtype, fits, work)
@@ -90,6 +97,14 @@ def calibrate(
         }
         write_json(folder / "factors.json", index)
     return index
+
+
+def _factors_size(linears: Mapping[str, nn.Linear], ratio: float, dtype: torch.dtype) -> int:
+    """Bytes of all that calibrate writes."""
+    return sum(
+        factors_bytes(linear.out_features, linear.in_features, ratio, dtype.itemsize)
+        for linear in linears.values()
+    )
 
 
 def _has_room(device: torch.device, needed_bytes: int) -> bool:

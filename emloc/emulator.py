@@ -110,7 +110,8 @@ def cut(
         `layers`, the plan as dictionaries.
 
     Raises:
-        ValueError: the original's config.json says that it is quantised already.
+        ValueError: the original's config.json says that it is quantised already, or the disk has
+            no room for the emulator.
     """
     original = denoiser_folder(original) if is_pipeline(original) else Path(original)
     of_diffusers = is_denoiser(original)
@@ -129,7 +130,8 @@ def cut(
         pieces |= _factor_pieces(key, factors, layer)
     ranks = {layer.name: layer.rank for layer in plan}
     quantization = EmlocConfig(ranks=ranks, base_model=base_name).to_dict()
-    with writing(out) as folder:
+    size = sum(piece.like.nbytes for piece in pieces.values())
+    with writing(out, size=size) as folder:
         folder.mkdir()
         write_shards(
             folder,
@@ -142,7 +144,7 @@ def cut(
             copy_companions(original, folder)
         write_json(folder / "config.json", {**config, "quantization_config": quantization})
     return {
-        "emulator_bytes": sum(piece.like.nbytes for piece in pieces.values()),
+        "emulator_bytes": size,
         "original_bytes": sum(piece.like.nbytes for piece in whole.values()),
         "emulator_parameters": sum(piece.like.numel() for piece in pieces.values()),
         "original_parameters": sum(piece.like.numel() for piece in whole.values()),

@@ -247,6 +247,8 @@ def _add_cost(path: Path, kind: str, results: Results) -> None:
     cost = _read_json(path)
     results.metrics[f"system/{kind}_seconds"] = cost["seconds"]
     results.metrics[f"system/{kind}_peak_gib"] = cost["peak_bytes"] / GIB
+    if cost.get("planned_bytes"):
+        results.metrics[f"system/{kind}_planned_gib"] = cost["planned_bytes"] / GIB
     for name, value in {"device": cost["device"], **cost.get("machine", {})}.items():
         seen = results.machine.get(name, "").split(_OTHER)
         if value is not None and str(value) not in seen:

@@ -10,7 +10,7 @@ import torch
 from emloc.devices import free_bytes, pick_device, pick_dtype
 from emloc.diffusion.encoding import Encoded
 from emloc.families.diffusion import load_family
-from emloc.plan.options import Calibration, Planner
+from emloc.plan.options import Calibration, Planner, runtime_bytes_on
 from emloc.plan.peak import Peak
 from emloc.plan.subject import Subject, load_subject
 from emloc.plan.work import Noised, Rows, empty_pictures, rows_of
@@ -64,6 +64,7 @@ def planner_of(params: Params, *, progress: bool = False) -> Planner:
         new_tokens=params.evaluate.max_new_tokens,
         device=device,
         budget_bytes=free_bytes(device) if budget is None else budget,
+        runtime_bytes=runtime_bytes_on(device.type),
         progress=progress,
     )
 
@@ -98,7 +99,7 @@ def check(params: Params, stage: str, ratio: float | None) -> int | None:
     if found is None:
         return None
     planner, peak = found
-    needed = planner.overhead_bytes + peak.total
+    needed = planner.runtime_bytes + peak.total
     free = free_bytes(planner.device)
     if stage in OFFLOADED and needed > min(free, planner.budget_bytes):
         return None

@@ -21,7 +21,7 @@ def run(*, write: bool) -> None:
     planner = planner_of(params, progress=True)
     highest = params.calibrate.max_ratio
     ratios = sorted({*params.ratios, *(ratio for ratio in RATIOS if ratio <= highest)})
-    print(plan_text(planner, ratios))
+    print(plan_text(planner, ratios, planner.device.type))
     if write:
         write_ratio(planner.largest_ratio())
 

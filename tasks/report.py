@@ -131,7 +131,8 @@ def _training(folder: Path | None) -> dict[str, Any]:
 
 
 def collect_costs(params: Params) -> list[dict[str, Any]]:
-    """A row for each stage that ran: stage, ratio, seconds, peak_gib, device."""
+    """A row for each stage that ran: stage, ratio, seconds, peak_gib, planned_gib (None where it
+    was not planned), device."""
     files: list[tuple[str, float | None, Path]] = [
         ("calibrate", None, layout.RESULTS / "calibrate.cost.json"),
         ("baseline", None, layout.BASELINE / "baseline.cost.json"),
@@ -147,10 +148,10 @@ def collect_costs(params: Params) -> list[dict[str, Any]]:
     for stage, ratio, file in files:
         cost = read_json(file)
         seconds, peak = round(cost["seconds"], 1), round(cost["peak_bytes"] / GIB, 3)
-        device = cost["device"]
-        rows.append(
-            {"stage": stage, "ratio": ratio, "seconds": seconds, "peak_gib": peak, "device": device}
-        )
+        planned = cost["planned_bytes"]
+        row = {"stage": stage, "ratio": ratio, "seconds": seconds, "peak_gib": peak}
+        row["planned_gib"] = None if planned is None else round(planned / GIB, 3)
+        rows.append({**row, "device": cost["device"]})
     return rows
 
 
@@ -173,13 +174,14 @@ def quality_table(rows: list[dict[str, Any]], scores: Sequence[str]) -> str:
 
 def cost_table(rows: list[dict[str, Any]]) -> str:
     """The cost rows as a Markdown table."""
-    header = ["stage", "ratio", "seconds", "peak memory (GiB)", "device"]
+    header = ["stage", "ratio", "seconds", "peak memory (GiB)", "planned (GiB)", "device"]
     body = [
         [
             row["stage"],
             row["ratio"],
             f"{row['seconds']:.1f}",
             f"{row['peak_gib']:.2f}",
+            None if row["planned_gib"] is None else f"{row['planned_gib']:.2f}",
             row["device"],
         ]
         for row in rows

@@ -81,7 +81,8 @@ def test_operations_of_a_training_step_are_those_of_its_layers(
     linears = sum(4 * frozen(o, i, ratio) + 6 * r * (o + i) for o, i in 2 * block)
     linears -= sum(2 * frozen(o, i, ratio) + 2 * r * i for o, i in first)
     attention = 2 * 2 * (2 + 5) * tokens * width  # two blocks; of 2 products forward and 5 back
-    head = 4 * width * calibration_memory.VOCABULARY / 2  # every second position has a label
+    vocabulary = calibration_memory.grouped(1, width).vocabulary
+    head = 4 * width * vocabulary / 2  # every second position has a label
     with throughput.folder_of(f"{width}x2") as path:
         bench = throughput.Bench(path, rows, tokens, 2, torch.device("cpu"), "float32")
         assert bench.operations(ratio) == rows * tokens * (linears + attention + head)

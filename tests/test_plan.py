@@ -22,7 +22,6 @@ from emloc.generate import generate_answers
 from emloc.lowrank import LowRankLinear, replace_linears
 from emloc.models import open_model
 from emloc.nf4 import bytes_spared
-from emloc.plan import options
 from emloc.plan.loaded import generate_peak, train_step
 from emloc.plan.options import Calibration, Planner
 from emloc.plan.streamed import calibrate_peak, correct_peak
@@ -38,14 +37,6 @@ from tests.tiny_diffusion import save_tiny_pipeline
 from tests.tiny_vision import FAMILIES, save_tiny_vision
 
 pytest_plugins = "tests.training"  # one thread
-
-
-@pytest.fixture(autouse=True)
-def _same_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process grows from test to test; a stage's is a fresh one."""
-    monkeypatch.setattr(options, "anonymous_bytes", lambda: 2**28)
-
-
 CPU = torch.device("cpu")
 VOCABULARY = 1000
 SHAPE = dict(
@@ -82,6 +73,7 @@ def planner(budget: int = 2**40, **changes: Any) -> Planner:
         new_tokens=20,
         device=CPU,
         budget_bytes=budget,
+        runtime_bytes=2**20,
     )
     return Planner(**{**options, **changes})
 
@@ -229,17 +221,17 @@ def test_what_lies_between_two_ratios_is_planned_by_both() -> None:
 def test_the_largest_ratio_that_fits_is_found_and_the_next_does_not_fit() -> None:
     whole = planner()
     low, high = whole.train(0.2).total, whole.train(0.7).total
-    budget = whole.overhead_bytes + (low + high) // 2
+    budget = whole.runtime_bytes + (low + high) // 2
     plan = planner(budget)
     ratio = plan.largest_ratio()
-    assert plan.train(ratio).total + plan.overhead_bytes <= budget
-    assert plan.train(round(ratio + 0.02, 2)).total + plan.overhead_bytes > budget
+    assert plan.train(ratio).total + plan.runtime_bytes <= budget
+    assert plan.train(round(ratio + 0.1, 2)).total + plan.runtime_bytes > budget
     assert plan.option(ratio).fits and not plan.option(0.9).fits
 
 
 def test_more_rows_and_longer_ones_fit_as_said() -> None:
     whole = planner()
-    budget = whole.overhead_bytes + whole.train(0.5).total + 2**26
+    budget = whole.runtime_bytes + whole.train(0.5).total + 2**26
     option = planner(budget).option(0.5)
     assert option.most_rows > ROWS and option.longest is not None
     settings = whole.settings
@@ -248,7 +240,7 @@ def test_more_rows_and_longer_ones_fit_as_said() -> None:
         sized = Rows(work.batch_size, work.tokens, round(share * work.size))
         model = whole.subject.emulator(0.5, torch.float32)
         peak = train_step(model, sized, lora=LORA, settings=settings, device=CPU).peak
-        assert whole.overhead_bytes + peak.total == pytest.approx(budget, rel=0.05)
+        assert whole.runtime_bytes + peak.total == pytest.approx(budget, rel=0.05)
 
 
 def test_a_budget_that_nothing_fits_says_what_the_least_is() -> None:

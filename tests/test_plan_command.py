@@ -46,6 +46,15 @@ def test_a_language_model_is_planned_from_its_config_alone(tmp_path: Path) -> No
     assert "no emulator can be trained in 0.00 GiB: at ratio 0.01 it takes" in least
 
 
+def test_a_gpu_that_is_not_here_can_be_planned_for(tmp_path: Path) -> None:
+    path = save_tiny("llama", tmp_path / "model")
+    line = f"plan {path} {RATIO} --tokens 40 --labels 10 --device xpu"
+    printed = emloc(f"{line} --memory 8GiB")
+    assert "8.00 GiB on xpu, of which 0.75 GiB goes to the runtime" in printed
+    with pytest.raises(ValueError, match="xpu"):
+        emloc(line)
+
+
 def test_pictures_add_to_the_plan(tmp_path: Path) -> None:
     path = save_tiny_vision("internvl-llama", tmp_path / "model")
     model = load_subject(path).build(torch.float32)

@@ -12,7 +12,7 @@ from emloc.data import FORMATS, read_data
 from emloc.devices import free_bytes, pick_device, pick_dtype
 from emloc.families import load_codec
 from emloc.families.diffusion import load_family
-from emloc.plan.options import Calibration, Planner
+from emloc.plan.options import Calibration, Planner, runtime_bytes_on
 from emloc.plan.subject import Subject, load_subject
 from emloc.plan.table import RATIOS, plan_text
 from emloc.plan.work import Noised, Rows, empty_pictures, rows_of
@@ -47,10 +47,11 @@ def plan(
     precision: Annotated[str, typer.Option(help="float32 or bfloat16")] = "bfloat16",
     quantization: Annotated[str | None, typer.Option(help="nf4: train over 4-bit weights")] = None,
     gradient_checkpointing: bool = True,
-    device: Annotated[str, typer.Option(help="auto, cpu, or an accelerator such as cuda")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, or an accelerator, also one that is not "
+        "here, such as cuda")] = "auto",
 ) -> None:  # fmt: skip
     """Say what each stage will take, and which ratio, batch and length fit; no weight is read."""
-    place = pick_device(device)
+    place, kind = _place(device, memory)
     subject = load_subject(model, calibrated=target or [BLOCKS])
     row: Rows | Noised
     if subject.of_pictures:
@@ -76,9 +77,22 @@ def plan(
         new_tokens=new_tokens,
         device=place,
         budget_bytes=parse_size(memory) if memory else free_bytes(place),
+        runtime_bytes=runtime_bytes_on(kind),
         progress=True,
     )
-    print(plan_text(planner, [x for x in ratio or RATIOS if x <= max_ratio]))
+    print(plan_text(planner, [x for x in ratio or RATIOS if x <= max_ratio], kind))
+
+
+def _place(device: str, memory: str | None) -> tuple[torch.device, str]:
+    """Where to run without data, and the kind of device that is planned for. The second need not be
+    here if its memory is named; what it computes then counts as on a CPU."""
+    try:
+        here = pick_device(device)
+        return here, here.type
+    except ValueError:
+        if memory is None or device.partition(":")[0] not in ("cuda", "xpu", "mps", "npu"):
+            raise
+        return torch.device("cpu"), device.partition(":")[0]
 
 
 def _row(

@@ -6,8 +6,9 @@ what is computed is linear in ratio and batch, near enough.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -26,7 +27,7 @@ from emloc.plan.work import Rows, Work
 from emloc.settings import LoraSettings, TrainSettings
 from emloc.sizes import GIB, show_gib
 
-_ACCELERATOR_OVERHEAD = GIB * 3 // 4  # its context and its libraries' own workspaces
+_ACCELERATOR_RUNTIME = GIB * 3 // 4
 STEP = 0.01  # between the ratios that are tried
 
 
@@ -79,8 +80,9 @@ class Planner:
         calibration: what calibrate is to do.
         prompts: the largest batch that is answered; None for a denoiser.
         new_tokens: of an answer, at most.
-        device: where all this will run.
-        budget_bytes: what may be taken there, what is there anyway included.
+        device: where all this is run without data.
+        budget_bytes: what may be taken where it will run, `runtime_bytes` included.
+        runtime_bytes: what is taken there before anything is loaded; see `runtime_bytes_on`.
         progress: show a bar.
     """
 
@@ -94,13 +96,8 @@ class Planner:
     new_tokens: int
     device: torch.device
     budget_bytes: int
+    runtime_bytes: int
     progress: bool = False
-
-    @cached_property
-    def overhead_bytes(self) -> int:
-        """What is taken before anything is loaded: an accelerator's context, or on a CPU the
-        interpreter with its libraries."""
-        return anonymous_bytes() if self.device.type == "cpu" else _ACCELERATOR_OVERHEAD
 
     @cached_property
     def calibrate(self) -> Peak:
@@ -150,14 +147,13 @@ class Planner:
         weights = bytes_of(self.subject.emulator(ratio, self._trained))
         low, high = self._ends
         share = (ratio - self._lowest) / (self._highest - self._lowest)
-        peak = replace(_between(low.peak, high.peak, share), weights=weights)
+        peak = _between(low.peak, high.peak, share)
         flops = low.flops + share * (high.flops - low.flops)
-        free = self.budget_bytes - self.overhead_bytes
-        by_row, by_token = self._growth
-        room = free - peak.total
+        room = self.budget_bytes - self.runtime_bytes - peak.total
+        by_row, by_tokens = self._growth
         longest = None
         if isinstance(self.work, Rows):
-            longest = max(0, int(self.work.tokens + room // by_token))
+            longest = int(self.work.tokens * max(0.0, 1 + _root(*by_tokens, room)))
         return Option(
             ratio,
             weights,
@@ -170,10 +166,10 @@ class Planner:
 
     def options(self, ratios: Sequence[float]) -> Iterator[Option]:
         """What each ratio takes."""
-        with tqdm(total=5, desc="plan", unit="model", disable=not self.progress) as bar:
+        with tqdm(total=6, desc="plan", unit="model", disable=not self.progress) as bar:
             for part in ("_direct", "_ends", "_growth"):
                 getattr(self, part)
-                bar.update(1 if part == "_direct" else 2)
+                bar.update({"_direct": 1, "_ends": 2, "_growth": 3}[part])
         for ratio in ratios:
             yield self.option(ratio)
 
@@ -187,7 +183,7 @@ class Planner:
         for ratio in reversed(ratios):
             if self.option(ratio).fits and self._fits(self.train(ratio)):
                 return ratio
-        least = self.overhead_bytes + self.train(ratios[0]).total
+        least = self.runtime_bytes + self.train(ratios[0]).total
         raise ValueError(
             f"no emulator can be trained in {show_gib(self.budget_bytes)}: at ratio {ratios[0]} it "
             f"takes {show_gib(least)}. Allow more, or lower train.batch_size or the length of the "
@@ -199,7 +195,7 @@ class Planner:
         return pick_dtype(self.settings.precision)
 
     def _fits(self, peak: Peak) -> bool:
-        return self.overhead_bytes + peak.total <= self.budget_bytes
+        return self.runtime_bytes + peak.total <= self.budget_bytes
 
     @property
     def _lowest(self) -> float:
@@ -219,18 +215,20 @@ class Planner:
         return self._step(low, self.work), self._step(high, self.work)
 
     @cached_property
-    def _growth(self) -> tuple[float, float]:
-        """Bytes that one more row, and one more token in each row, add."""
+    def _growth(self) -> tuple[float, tuple[float, float]]:
+        """Bytes that one more row adds; and what rows that are longer by a share x add,
+        b·x + c·x² bytes, as (b, c): masks grow with the square of the length."""
         base = self._ends[0].peak.total
         if not isinstance(self.work, Rows):
-            return max(1.0, self._ends[0].peak.activations / self.work.batch_size), 1.0
+            return max(1.0, self._ends[0].peak.activations / self.work.batch_size), (0.0, 0.0)
         rows, tokens = self.work.batch_size, self.work.tokens
-        more = [self.work.resized(2 * rows, tokens), self.work.resized(rows, 2 * tokens)]
-        peaks = [
-            self._step(self.subject.emulator(self._lowest, self._trained), work).peak.total
-            for work in more
-        ]
-        return max(1.0, (peaks[0] - base) / rows), max(1.0, (peaks[1] - base) / tokens)
+        sizes = (2 * rows, tokens), (rows, 2 * tokens), (rows, 3 * tokens)
+        more = [self._more(self.work.resized(*size)) - base for size in sizes]
+        square = max(0.0, (more[2] - 2 * more[1]) / 2)
+        return max(1.0, more[0] / rows), (max(1.0, more[1] - square), square)
+
+    def _more(self, work: Work) -> int:
+        return self._step(self.subject.emulator(self._lowest, self._trained), work).peak.total
 
     def _step(self, model: Any, work: Work) -> Step:
         return train_step(model, work, lora=self.lora, settings=self.settings, device=self.device)
@@ -243,3 +241,17 @@ def _between(low: Peak, high: Peak, share: float) -> Peak:
         for part in PARTS
     }
     return Peak(**parts)
+
+
+def _root(linear: float, square: float, value: float) -> float:
+    """The x at which linear·x + square·x² is `value`."""
+    if square <= 0:
+        return value / linear
+    half = linear / (2 * square)
+    return math.sqrt(max(0.0, half**2 + value / square)) - half
+
+
+def runtime_bytes_on(kind: str) -> int:
+    """What is taken on a kind of device before anything is loaded: an accelerator's context and
+    libraries, or on a CPU the interpreter with its own."""
+    return anonymous_bytes() if kind == "cpu" else _ACCELERATOR_RUNTIME

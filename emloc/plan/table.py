@@ -15,8 +15,13 @@ from emloc.sizes import GIB, show_gib
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
-def plan_text(planner: Planner, ratios: Sequence[float]) -> str:
-    """All that a plan says: stages by part, ratios side by side, what fits, and the disk."""
+def plan_text(planner: Planner, ratios: Sequence[float], place: str) -> str:
+    """All that a plan says: stages by part, ratios side by side, what fits, and the disk.
+
+    Args:
+        ratios: to look at.
+        place: the kind of device that is planned for.
+    """
     options = list(planner.options(ratios))
     original = bytes_of(planner.subject.build(planner.dtype))
     try:
@@ -26,7 +31,7 @@ def plan_text(planner: Planner, ratios: Sequence[float]) -> str:
         chosen, answer = None, str(error)
     shown = ratios[len(ratios) // 2] if chosen is None else chosen
     parts = [
-        _heading(planner, original),
+        _heading(planner, original, place),
         f"Peaks in GiB, of training and correcting at ratio {shown}:",
         _stages(planner, shown),
         _options(planner, options),
@@ -37,7 +42,7 @@ def plan_text(planner: Planner, ratios: Sequence[float]) -> str:
     return "\n\n".join(parts)
 
 
-def _heading(planner: Planner, original: int) -> str:
+def _heading(planner: Planner, original: int, place: str) -> str:
     work = planner.work
     rows = f"{work.batch_size} rows of {work.tokens} tokens" if isinstance(work, Rows) else (
         f"{work.batch_size} pictures"
@@ -45,7 +50,7 @@ def _heading(planner: Planner, original: int) -> str:
     recomputed = ", activations recomputed" if planner.settings.gradient_checkpointing else ""
     return (
         f"The original takes {show_gib(original)}; there is {show_gib(planner.budget_bytes)} on "
-        f"{planner.device.type}, of which {show_gib(planner.overhead_bytes)} goes to the runtime. "
+        f"{place}, of which {show_gib(planner.runtime_bytes)} goes to the runtime. "
         f"Training: {rows} at once, {planner.settings.optimizer}, "
         f"{planner.settings.precision}{recomputed}."
     )
@@ -59,7 +64,7 @@ def _stages(planner: Planner, ratio: float) -> str:
         "answer with the original": planner.generate,
         "direct LoRA on the original": planner.direct,
     }
-    overhead = planner.overhead_bytes
+    overhead = planner.runtime_bytes
     body = [
         [
             name,
@@ -76,7 +81,7 @@ def _stages(planner: Planner, ratio: float) -> str:
 
 
 def _options(planner: Planner, options: Sequence[Option]) -> str:
-    overhead = planner.overhead_bytes
+    overhead = planner.runtime_bytes
     body = [
         [
             option.ratio,

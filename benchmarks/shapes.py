@@ -49,6 +49,7 @@ def _internvl(vision: dict[str, Any], text: PreTrainedConfig) -> InternVLConfig:
 
 
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "tiny": partial(_llama, 64, 128, 2, 2, 1, vocab_size=1024),
     "smollm2-135m": partial(
         _llama, 576, 1536, 30, 9, 3, vocab_size=49152, tie_word_embeddings=True
     ),
@@ -87,13 +88,13 @@ def _empty(name: str, dtype: torch.dtype) -> Any:
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[key] = nn.Parameter(parameter.to(dtype), requires_grad=False)
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
     return model.eval()
 
 
 def random_model(model: Any, device: torch.device) -> Any:
     """Give a model on the meta device random weights on a device, one tensor after the other."""
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()
     drawn: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for key, parameter in module._parameters.items():

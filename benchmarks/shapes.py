@@ -45,7 +45,9 @@ def _llama(hidden: int, wide: int, layers: int, heads: int, groups: int, **more:
 
 def _internvl(vision: dict[str, Any], text: PreTrainedConfig) -> InternVLConfig:
     eyes = InternVLVisionConfig(image_size=[448, 448], patch_size=[14, 14], **vision)
-    return InternVLConfig(vision_config=eyes, text_config=text, image_token_id=5)
+    return InternVLConfig(
+        vision_config=eyes, text_config=text, image_token_id=5, tie_word_embeddings=False
+    )
 
 
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {

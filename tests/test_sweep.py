@@ -88,10 +88,10 @@ def test_a_stopped_sweep_stops_its_branches(project: Path, tmp_path: Path) -> No
         server.run(project, "deploy", "--all")
         log = tmp_path / "sweep.log"
         with server.worker("one"), started(command, project, server.env, log) as sweep:
-            wait_for("training", lambda: stage_processes(tmp_path, "train"), seconds=180)
+            wait_for("training", lambda: stage_processes(tmp_path, "train"), seconds=400)
             sweep.send_signal(signal.SIGINT)
             assert sweep.wait(timeout=30) == 130
             for branch in server.runs("branch/emloc"):
-                assert server.ended(branch["id"], seconds=60)["state_type"] == "CANCELLED"
+                assert server.ended(branch["id"], seconds=120)["state_type"] == "CANCELLED"
             assert len(server.runs("branch/emloc")) == 2
             assert not stage_processes(tmp_path, "train")

@@ -145,11 +145,8 @@ class Planner:
     def option(self, ratio: float) -> Option:
         """What a ratio takes; quick once the first was asked for."""
         weights = bytes_of(self.subject.emulator(ratio, self._trained))
-        low, high = self._ends
-        share = (ratio - self._lowest) / (self._highest - self._lowest)
-        peak = _between(low.peak, high.peak, share)
-        flops = low.flops + share * (high.flops - low.flops)
-        room = self.budget_bytes - self.runtime_bytes - peak.total
+        step = self._near(ratio)
+        room = self.budget_bytes - self.runtime_bytes - step.peak.total
         by_row, by_tokens = self._growth
         longest = None
         if isinstance(self.work, Rows):
@@ -157,8 +154,8 @@ class Planner:
         return Option(
             ratio,
             weights,
-            peak,
-            self._direct.flops / flops,
+            step.peak,
+            self._direct.flops / step.flops,
             room >= 0,
             max(0, int(self.work.batch_size + room // by_row)),
             longest,
@@ -181,7 +178,7 @@ class Planner:
         """
         ratios = [round(n * STEP, 2) for n in range(1, round(self._highest / STEP) + 1)]
         for ratio in reversed(ratios):
-            if self.option(ratio).fits and self._fits(self.train(ratio)):
+            if self._fits(self._near(ratio).peak) and self._fits(self.train(ratio)):
                 return ratio
         least = self.runtime_bytes + self.train(ratios[0]).total
         raise ValueError(
@@ -213,6 +210,13 @@ class Planner:
     def _ends(self) -> tuple[Step, Step]:
         low, high = (self.subject.emulator(r, self._trained) for r in (self._lowest, self._highest))
         return self._step(low, self.work), self._step(high, self.work)
+
+    def _near(self, ratio: float) -> Step:
+        """A step at a ratio, by those of the lowest and the highest; no model is built for it."""
+        low, high = self._ends
+        share = (ratio - self._lowest) / (self._highest - self._lowest)
+        flops = round(low.flops + share * (high.flops - low.flops))
+        return Step(_between(low.peak, high.peak, share), flops)
 
     @cached_property
     def _growth(self) -> tuple[float, tuple[float, float]]:

@@ -40,7 +40,8 @@ def write_out(path: Path, kind: str, seed: int) -> None:
 def _figures(path: Path, kind: str, seed: int) -> dict[str, Any]:
     """The content of a JSON file."""
     if path.name.endswith(".cost.json"):
-        return {"seconds": seed + 0.5, "peak_bytes": 2**30, "device": "cpu", "machine": MACHINE}
+        cost = {"seconds": seed + 0.5, "peak_bytes": 2**30, "planned_bytes": None}
+        return cost | {"device": "cpu", "machine": MACHINE}
     if path.name == "model.json":
         return {"name": "pypi:tiny==1/tiny.gguf", "fingerprint": "0123456789abcdef"}
     if path.name == "quantized.json":

@@ -122,7 +122,7 @@ def cut(
             f"the original is quantised already (method {method!r}), and an emulator is cut from "
             "full weights: name the unquantised checkpoint as model.source."
         )
-    whole = _stored(opened)
+    whole = stored_pieces(opened)
     pieces = dict(whole)
     for layer in plan:
         key = opened.store.locations[f"{layer.name}.weight"].key
@@ -152,7 +152,7 @@ def cut(
     }
 
 
-def _stored(opened: OpenedModel) -> dict[str, Piece]:
+def stored_pieces(opened: OpenedModel) -> dict[str, Piece]:
     """All tensors of the original's files by key; files are mapped, not read."""
     pieces: dict[str, Piece] = {}
     files = LastFile()

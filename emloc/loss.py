@@ -80,7 +80,7 @@ class LossInChunks:
         own = vars(model).get("_loss_function")
         model.loss_function = partial(_loss, head)
         try:
-            with self._head_is(lambda hidden: hidden):
+            with self.head_is(lambda hidden: hidden):
                 yield
         finally:
             model._loss_function = own
@@ -88,7 +88,8 @@ class LossInChunks:
                 del model._loss_function
 
     @contextlib.contextmanager
-    def _head_is(self, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    def head_is(self, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Within the block the output head computes something else."""
         self.head.forward = function
         try:
             yield
@@ -108,7 +109,7 @@ class LossInChunks:
         seen = []
         with evaluating(self.model):
             for factor in (1.0, _FACTOR):
-                with self._head_is(lambda hidden, factor=factor: hidden * factor):
+                with self.head_is(lambda hidden, factor=factor: hidden * factor):
                     seen.append(self.model(input_ids=ids, use_cache=False).logits.float() / factor)
         return bool((seen[0] - seen[1]).abs().max() <= _TOLERANCE * seen[0].abs().max())
 

@@ -2,6 +2,7 @@
 
 - `LoraSettings`: the adapter's shape
 - `TrainSettings`: steps, batches, learning rate, precision and so on
+- `HealSettings`: how an emulator is healed before it is trained on
 - `NoiseSettings`: how noise levels are drawn and weighted in training a diffusion model
 """
 
@@ -254,6 +255,53 @@ class TrainSettings:
             return self.steps
         batches = math.ceil(rows / self.batch_size)
         return math.ceil((self.epochs or 0) * math.ceil(batches / self.accumulation))
+
+
+@dataclass(kw_only=True)
+class HealSettings:
+    """How an emulator is healed: distilled from its original in the last directions it keeps.
+
+    Args:
+        steps: optimizer steps; 0 leaves the emulator as it was cut.
+        rank: how many of a layer's directions are trained, at most half of them.
+        batch_size, accumulation, learning_rate, schedule, warmup, precision,
+            gradient_checkpointing, save_steps, seed: as in `TrainSettings`.
+
+    Raises:
+        ValueError: a value is not allowed; the message names it.
+    """
+
+    steps: int = 60
+    rank: int = 16
+    batch_size: int = 16
+    accumulation: int = 1
+    learning_rate: float = 1e-3
+    schedule: str = "cosine"
+    warmup: float = 0.03
+    precision: str = "float32"
+    gradient_checkpointing: bool = False
+    save_steps: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(is_whole(self.steps, 0), "steps", self.steps, "a whole number of at least 0")
+        require(is_whole(self.rank, 1), "rank", self.rank, "a whole number of at least 1")
+        self.training(max(1, self.steps))
+
+    def training(self, steps: int | None = None) -> TrainSettings:
+        """The same as settings of a training."""
+        return TrainSettings(
+            steps=self.steps if steps is None else steps,
+            batch_size=self.batch_size,
+            accumulation=self.accumulation,
+            learning_rate=self.learning_rate,
+            schedule=self.schedule,
+            warmup=self.warmup,
+            precision=self.precision,
+            gradient_checkpointing=self.gradient_checkpointing,
+            save_steps=self.save_steps,
+            seed=self.seed,
+        )
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,303 @@
+"""Heal an emulator before the task: bring its answers nearer to the original's, at the same size.
+
+The last directions of every low-rank layer become a LoRA, which is trained until the emulator's
+next tokens are distributed like the original's (knowledge distillation, arXiv 1503.02531), and
+goes back into the factors. So the emulator keeps its ranks and stays a plain emulator, and training
+needs no more memory than that of an adapter.
+
+- `heal`: train and write the healed emulator
+- `split_off`, `fold`: a layer's last directions to a LoRA, and back
+
+Letters: o out features, i in features, k rank, s directions that are trained.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from emloc.checkpoint import DENOISER_WEIGHTS, WEIGHTS, copy_companions, is_denoiser
+from emloc.devices import pick_dtype
+from emloc.emulator import stored_pieces
+from emloc.families import Codec
+from emloc.files import writing
+from emloc.fused import fused_lora
+from emloc.lora import add_lora
+from emloc.loss import LARGE, LossInChunks
+from emloc.lowrank import LowRankLinear
+from emloc.models import evaluating, load_model, open_model
+from emloc.optimize import history, training_arguments
+from emloc.resume import agreed_checkpoint, remove_checkpoints
+from emloc.settings import HealSettings, LoraSettings
+from emloc.shards import Piece, write_shards
+from emloc.teach import Targets, divergence, taught_labels
+from emloc.trainer import LoraTrainer, StepWatch
+
+_HELD_OUT = 8  # one row in so many measures what healing does and is not trained on
+
+
+def heal(
+    emulator: Path | str,
+    examples: Sequence[Mapping[str, Any]],
+    targets: Targets,
+    *,
+    codec: Codec,
+    settings: HealSettings,
+    out: Path | str,
+    checkpoints: Path | str,
+    device: torch.device | str = "cpu",
+    max_shard_size: int | str = "2GB",
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Write a healed emulator; the one that was cut is not changed.
+
+    Args:
+        emulator: folder of an emulator.
+        examples: those that `targets` were taken of, in their order. One row in eight is held out.
+        targets: of the original.
+        codec: the one that encoded the examples.
+        settings: how to train; at least one step.
+        out: folder to create.
+        checkpoints: folder for resuming, which must belong to just these inputs.
+        device: where to train.
+        max_shard_size: bytes or a text such as "2GB".
+        progress: show a bar with the loss.
+
+    Returns:
+        `history` (see `emloc.finetune`), `trained_parameters`, and `divergence_before` and
+        `divergence_after`, in nats a token of the rows held out.
+
+    Raises:
+        ValueError: examples and targets do not belong together, a denoiser, or the loss became NaN
+            or infinite. `out` is not written then.
+    """
+    emulator = Path(emulator)
+    if is_denoiser(emulator):
+        raise ValueError(
+            f"{emulator} is an emulator of a diffusion pipeline, which cannot be healed: set "
+            "heal.steps to 0."
+        )
+    model = load_model(emulator, dtype=pick_dtype(settings.precision), device=device)
+    rows = _with_targets(model.config, examples, targets)
+    held = rows[::_HELD_OUT] if len(rows) >= _HELD_OUT else rows
+    taught = [row for place, row in enumerate(rows) if place % _HELD_OUT] or rows
+    collate = partial(_collate, codec, targets)
+    measure = partial(mean_divergence, rows=held, collate=collate, size=settings.batch_size)
+    before = measure(model)
+    adapted = split_off(model, settings)
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    curve = _train(adapted, taught, collate, settings, Path(checkpoints), progress)
+    after = measure(adapted)
+    write_healed(emulator, fold(adapted), out, max_shard_size=max_shard_size)
+    remove_checkpoints(Path(checkpoints))
+    return {
+        "history": curve,
+        "trained_parameters": trained,
+        "divergence_before": before,
+        "divergence_after": after,
+    }
+
+
+def split_off(model: Any, settings: HealSettings) -> Any:
+    """Turn the last directions of each low-rank layer into a LoRA with scaling 1.
+
+    Args:
+        model: an emulator, changed in place; its outputs stay the same to rounding.
+
+    Returns:
+        peft's model.
+    """
+    layers = {n: m for n, m in model.named_modules() if type(m) is LowRankLinear and m.rank > 1}
+    tails = {}
+    for name, layer in layers.items():
+        kept = layer.rank - min(settings.rank, layer.rank // 2)
+        tails[name] = layer.weight_in.data[kept:].clone(), layer.weight.data[:, kept:].clone()
+        layer.weight_in.data = layer.weight_in.data[:kept].clone()
+        layer.weight.data = layer.weight.data[:, :kept].clone()
+        layer.rank = kept
+    others = {n: len(a) for n, (a, _) in tails.items() if len(a) != settings.rank}
+    pattern = {re.escape(name): rank for name, rank in others.items()}
+    lora = LoraSettings(
+        r=settings.rank,
+        alpha=settings.rank,
+        target_modules=list(tails),
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+    )
+    name = getattr(model.config, "name_or_path", "")
+    adapted = add_lora(model, lora, base_name=name, seed=settings.seed)
+    for name, layer in _loras(adapted).items():
+        a, b = tails[name]
+        layer.lora_A["default"].weight.data.copy_(a)
+        layer.lora_B["default"].weight.data.copy_(b)
+    return adapted
+
+
+def fold(adapted: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Layer name → `weight` (o×k) and `weight_in` (k×i) with the LoRA as their last directions."""
+    folded = {}
+    for name, layer in _loras(adapted).items():
+        base, scaling = cast(LowRankLinear, layer.base_layer), layer.scaling["default"]
+        a, b = (part["default"].weight.detach() for part in (layer.lora_A, layer.lora_B))
+        outer = torch.cat([base.weight.float(), scaling * b.float()], dim=1)
+        folded[name] = outer, torch.cat([base.weight_in.float(), a.float()])
+    return folded
+
+
+def write_healed(
+    emulator: Path | str,
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    out: Path | str,
+    *,
+    max_shard_size: int | str = "2GB",
+) -> None:
+    """Copy an emulator with other factors of the same ranks, in the dtype of the old ones.
+
+    Raises:
+        ValueError: the disk has no room for it.
+    """
+    emulator = Path(emulator)
+    opened = open_model(emulator, dtype=torch.float32)
+    pieces = stored_pieces(opened)
+    for name, pair in factors.items():
+        for suffix, tensor in zip(("weight", "weight_in"), pair, strict=True):
+            key = opened.store.locations[f"{name}.{suffix}"].key
+            like = pieces[key].like
+            pieces[key] = Piece(like, partial(_stored_like, tensor, like.dtype))
+    size = sum(piece.like.nbytes for piece in pieces.values())
+    weights = DENOISER_WEIGHTS if is_denoiser(emulator) else WEIGHTS
+    with writing(out, size=size) as folder:
+        folder.mkdir()
+        write_shards(folder, pieces, max_shard_size=max_shard_size, weights=weights)
+        copy_companions(emulator, folder)
+        shutil.copyfile(emulator / "config.json", folder / "config.json")
+
+
+def _stored_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to("cpu", dtype).contiguous()
+
+
+def _loras(model: nn.Module) -> dict[str, Any]:
+    """Layer name in the model without its LoRA → the layer with it."""
+    base = model.get_base_model()  # type: ignore[operator]
+    return {name: m for name, m in base.named_modules() if isinstance(m, LoraLayer)}
+
+
+def _with_targets(
+    config: Any, examples: Sequence[Mapping[str, Any]], targets: Targets
+) -> list[dict[str, Any]]:
+    """Examples labelled where the original taught, with their place in the targets."""
+    labels = [taught_labels(config, example) for example in examples]
+    if [sum(label != -100 for label in row) for row in labels] != targets.counts:
+        raise ValueError(
+            f"{targets.folder} holds what the original said to other rows than these: run teach "
+            "again."
+        )
+    rows = zip(examples, labels, strict=True)
+    found = [{**e, "labels": row, "taught": place} for place, (e, row) in enumerate(rows)]
+    return [row for row in found if targets.counts[row["taught"]]]
+
+
+def _collate(
+    codec: Codec, targets: Targets, rows: Sequence[Mapping[str, Any]], **_: Any
+) -> dict[str, Tensor]:
+    """A batch with the targets of its taught positions, (n, m) each, row by row."""
+    ids, logprobs = zip(*(targets.row(row["taught"]) for row in rows), strict=True)
+    batch = codec.collate(rows, side="right")
+    return {**batch, "taught_ids": torch.cat(ids), "taught_logprobs": torch.cat(logprobs)}
+
+
+def _train(
+    adapted: Any,
+    rows: Sequence[Mapping[str, Any]],
+    collate: Any,
+    settings: HealSettings,
+    checkpoints: Path,
+    progress: bool,
+) -> list[dict[str, Any]]:
+    """Train the LoRA; the rows of the curve."""
+    model = adapted.get_base_model()
+    training = settings.training()
+    watch = StepWatch(settings.save_steps, None, False, progress)
+    trainer = HealTrainer(
+        adapted,
+        training_arguments(training, settings.steps, checkpoints, model.device),
+        rows,
+        [],
+        collator=collate,
+        by_length=False,
+        watch=watch,
+    )
+    use_cache, model.config.use_cache = getattr(model.config, "use_cache", None), False
+    try:
+        with fused_lora(adapted):
+            trainer.train(resume_from_checkpoint=agreed_checkpoint(checkpoints, settings.steps))
+    finally:
+        watch.close()
+        model.config.use_cache = use_cache
+    return history(trainer.state.log_history, training.log_steps, settings.steps)
+
+
+class HealTrainer(LoraTrainer):
+    """Trains towards what the original said; batches are those of `_collate`."""
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Sum of the divergences over the taught positions of a step, by their number."""
+        total, count = batch_divergence(model, self.chunks, inputs)
+        return total / (count if num_items_in_batch is None else num_items_in_batch)
+
+
+def batch_divergence(
+    model: nn.Module, chunks: LossInChunks, batch: Mapping[str, Any]
+) -> tuple[Tensor, int]:
+    """Sum of `teach.divergence` over a batch's taught positions, and their number.
+
+    Logits of many positions are computed chunk by chunk, forward and backward, where the output
+    head allows.
+    """
+    inputs = dict(batch)
+    mask = inputs.pop("labels")[:, 1:] != -100  # (B, T-1)
+    ids, logprobs = inputs.pop("taught_ids"), inputs.pop("taught_logprobs")
+    head, vocabulary = chunks.head, chunks.head.weight.shape[0]
+    if len(ids) * vocabulary <= LARGE or not chunks.possible:
+        logits = model(**inputs, use_cache=False).logits[:, :-1][mask]
+        return divergence(logits, ids, logprobs).sum(), len(ids)
+    with chunks.head_is(lambda hidden: hidden):
+        hidden = model(**inputs, use_cache=False).logits[:, :-1][mask]  # (n, h)
+    size = max(1, LARGE // vocabulary)
+
+    def part(hidden: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
+        return divergence(head(hidden), ids, logprobs).sum()
+
+    parts = zip(hidden.split(size), ids.split(size), logprobs.split(size), strict=True)
+    return sum(checkpoint(part, *one, use_reentrant=False) for one in parts), len(ids)  # type: ignore[return-value]
+
+
+def mean_divergence(
+    model: Any, *, rows: Sequence[Mapping[str, Any]], collate: Any, size: int
+) -> float:
+    """Mean divergence from the original at the taught positions of some rows, in nats."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    chunks = LossInChunks(base)
+    total, count = 0.0, 0
+    with evaluating(model):
+        for start in range(0, len(rows), size):
+            batch = {k: v.to(base.device) for k, v in collate(rows[start : start + size]).items()}
+            found, positions = batch_divergence(model, chunks, batch)
+            total, count = total + float(found), count + positions
+    return total / count

@@ -32,7 +32,7 @@ from emloc.families import Codec
 from emloc.files import writing
 from emloc.fused import fused_lora
 from emloc.lora import add_lora
-from emloc.loss import LARGE, LossInChunks
+from emloc.loss import LossInChunks
 from emloc.lowrank import LowRankLinear
 from emloc.models import evaluating, load_model, open_model
 from emloc.optimize import history, training_arguments
@@ -42,6 +42,7 @@ from emloc.shards import Piece, write_shards
 from emloc.teach import Targets, divergence, taught_labels
 from emloc.trainer import LoraTrainer, StepWatch
 
+CHUNK = 2**24  # logits at once, 64 MiB in float32, and some times that for their gradient
 _HELD_OUT = 8  # one row in so many measures what healing does and is not trained on
 
 
@@ -267,25 +268,41 @@ def batch_divergence(
 ) -> tuple[Tensor, int]:
     """Sum of `teach.divergence` over a batch's taught positions, and their number.
 
-    Logits of many positions are computed chunk by chunk, forward and backward, where the output
-    head allows.
+    Where the output head allows, it is applied chunk by chunk, so that logits are never there as a
+    whole.
     """
     inputs = dict(batch)
     mask = inputs.pop("labels")[:, 1:] != -100  # (B, T-1)
     ids, logprobs = inputs.pop("taught_ids"), inputs.pop("taught_logprobs")
-    head, vocabulary = chunks.head, chunks.head.weight.shape[0]
-    if len(ids) * vocabulary <= LARGE or not chunks.possible:
+    if not chunks.possible:
         logits = model(**inputs, use_cache=False).logits[:, :-1][mask]
         return divergence(logits, ids, logprobs).sum(), len(ids)
     with chunks.head_is(lambda hidden: hidden):
         hidden = model(**inputs, use_cache=False).logits[:, :-1][mask]  # (n, h)
-    size = max(1, LARGE // vocabulary)
+    return sum_of_divergences(chunks.head, hidden, ids, logprobs), len(ids)
+
+
+def sum_of_divergences(head: nn.Module, hidden: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
+    """Sum of `teach.divergence` of `head(hidden)`, with the logits of a chunk of positions at once,
+    on the way back as well.
+
+    Args:
+        head: of a vocabulary of V.
+        hidden: (n, h).
+        ids, logprobs: of the original, (n, m).
+    """
+    vocabulary = cast(Tensor, head.weight).shape[0]
+    size = max(1, CHUNK // vocabulary)
 
     def part(hidden: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
         return divergence(head(hidden), ids, logprobs).sum()
 
-    parts = zip(hidden.split(size), ids.split(size), logprobs.split(size), strict=True)
-    return sum(checkpoint(part, *one, use_reentrant=False) for one in parts), len(ids)  # type: ignore[return-value]
+    if len(hidden) <= size:
+        return part(hidden, ids, logprobs)
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for one in zip(hidden.split(size), ids.split(size), logprobs.split(size), strict=True):
+        total = total + checkpoint(part, *one, use_reentrant=False)
+    return total
 
 
 def mean_divergence(

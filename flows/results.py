@@ -35,6 +35,8 @@ _FOLDERS = {
     "pretrain": "pretrained",
     "calibrate": "factors",
     "compress": "emulator",
+    "teach": "taught",
+    "heal": "emulator.healed",
     "train": "adapter.raw",
     "correct": "adapter.corrected",
     "evaluate": "predictions",

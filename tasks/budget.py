@@ -13,7 +13,7 @@ from emloc.families.diffusion import load_family
 from emloc.plan.options import Calibration, Planner, runtime_bytes_on
 from emloc.plan.peak import Peak
 from emloc.plan.subject import Subject, load_subject
-from emloc.plan.work import Noised, Rows, empty_pictures, rows_of
+from emloc.plan.work import Noised, Rows, TaughtRows, empty_pictures, rows_of
 from emloc.sizes import show_gib
 from tasks import layout
 from tasks.encoding import codec_of, encode
@@ -21,6 +21,8 @@ from tasks.params import Params
 
 KNOBS = {
     "calibrate": "lower calibrate.samples or calibrate.batch_size",
+    "teach": "lower teach.wave or teach.batch_size",
+    "heal": "lower heal.batch_size or the ratio, or set heal.gradient_checkpointing",
     "train": "lower train.batch_size or the ratio, or set train.gradient_checkpointing or "
     "train.quantization",
     "direct": "lower train.batch_size, set train.gradient_checkpointing, or set evaluate.direct to "
@@ -72,6 +74,13 @@ def planner_of(params: Params, *, progress: bool = False) -> Planner:
 def planned(params: Params, stage: str, ratio: float | None) -> tuple[Planner, Peak] | None:
     """The peak that a stage is planned to have; None for one that has no plan."""
     planner = planner_of(params)
+    if stage == "teach":
+        rows = _row("train", planner.subject, params).times(params.teach.batch_size)
+        return planner, planner.teach(rows, batches=-(-params.teach.wave // rows.batch_size))
+    if stage == "heal" and ratio is not None:
+        row = _row("train", planner.subject, params).times(params.heal.batch_size)
+        rows = TaughtRows(row.batch_size, row.tokens, None, row.pictures, params.teach.top_k)
+        return planner, planner.heal(ratio, rows, params.heal)
     if stage == "train" and ratio is not None:
         return planner, planner.train(ratio)
     if stage == "correct" and ratio is not None:

@@ -25,7 +25,7 @@ def run(params: Params, ratio: float) -> None:
         layers = correct_adapter(
             layout.adapter(ratio, "raw"),
             open_model(path, dtype=dtype),
-            open_model(layout.emulator(ratio), dtype=dtype),
+            open_model(layout.healed(ratio), dtype=dtype),
             limit=params.correct.limit,
             out=layout.adapter(ratio, "corrected"),
             device=device,

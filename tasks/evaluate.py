@@ -15,7 +15,7 @@ def run(params: Params, ratio: float) -> None:
     path = find_answering(params)
     score = scorer_of(params)
     folder = layout.results(ratio)
-    emulator = layout.emulator(ratio)
+    emulator = layout.healed(ratio)
     places = {
         "emulator-raw": (emulator, layout.adapter(ratio, "raw")),
         "original-raw": (path, layout.adapter(ratio, "raw")),

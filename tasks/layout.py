@@ -17,6 +17,7 @@ POINTER = ARTIFACTS / "model.json"
 QUANTIZED = ARTIFACTS / "quantized.json"
 DATA = ARTIFACTS / "data"
 FACTORS = ARTIFACTS / "factors"
+TEACHER = ARTIFACTS / "teacher"
 DIRECT_ADAPTER = ARTIFACTS / "adapters" / "direct"
 PRETRAINED = RESULTS / "pretrain.json"
 PREPARED = RESULTS / "prepare.json"
@@ -37,8 +38,13 @@ def encoded(split: str) -> Path:
 
 
 def emulator(ratio: float) -> Path:
-    """The emulator's checkpoint folder."""
+    """The checkpoint folder of the emulator as it was cut."""
     return ARTIFACTS / "emulators" / str(ratio)
+
+
+def healed(ratio: float) -> Path:
+    """The checkpoint folder of the emulator that is trained on: healed, or as it was cut."""
+    return ARTIFACTS / "healed" / str(ratio)
 
 
 def adapter(ratio: float, kind: str) -> Path:

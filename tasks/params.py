@@ -17,6 +17,7 @@ from tasks.sections import (
     Correct,
     Data,
     Evaluate,
+    Heal,
     Launch,
     Memory,
     Mlflow,
@@ -25,6 +26,7 @@ from tasks.sections import (
     Pretrain,
     Ratio,
     Section,
+    Teach,
     Train,
 )
 
@@ -42,6 +44,8 @@ class Params(Section):
     data: Data
     calibrate: Calibrate
     compress: Compress
+    teach: Teach
+    heal: Heal
     noise: Noise | None  # type: ignore[valid-type]
     train: Train
     correct: Correct
@@ -57,6 +61,20 @@ class Params(Section):
             raise ValueError(
                 f"pretrain is {known}, but model.source is {self.model.source!r}: a pretrained "
                 f"original lies in {base}, so set both or neither"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_heal_with(self) -> Params:
+        if self.heal.steps and not self.teach.rows:
+            raise ValueError(
+                f"heal.steps is {self.heal.steps}, but teach.rows is 0, so there is nothing to heal "
+                "with: set teach.rows to some hundred, or heal.steps to 0"
+            )
+        if self.noise is not None and (self.heal.steps or self.teach.rows):
+            raise ValueError(
+                f"heal.steps is {self.heal.steps} and teach.rows {self.teach.rows}, but an emulator "
+                "of a diffusion pipeline cannot be healed: set both to 0"
             )
         return self
 

@@ -40,7 +40,7 @@ LABELS = METRIC_LABELS | {
     "original-raw": "original + raw",
     "original-corrected": "original + corrected",
 }
-STAGES = ("compress", "train", "correct", "evaluate")
+STAGES = ("compress", "heal", "train", "correct", "evaluate")
 SHEET, CONTACT = "predictions.html", "pictures.png"
 LOSS_OF_ANSWERS, LOSS_OF_PICTURES = "loss (nats a token)", "loss (squared error)"
 OF_ANSWERS = "loss is in nats a token of the answer"
@@ -139,6 +139,8 @@ def collect_costs(params: Params) -> list[dict[str, Any]]:
     ]
     if params.pretrain is not None:
         files.insert(0, ("pretrain", None, layout.RESULTS / "pretrain.cost.json"))
+    if params.teach.rows:
+        files.append(("teach", None, layout.RESULTS / "teach.cost.json"))
     if params.evaluate.direct:
         files.append(("direct", None, layout.DIRECT / "train.cost.json"))
     for ratio in params.ratios:

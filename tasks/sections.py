@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from emloc.bases.settings import EasyVqaSettings, TinyFluxSettings
 from emloc.metrics.pictures import check_picture_metrics
-from emloc.settings import LoraSettings, NoiseSettings, TrainSettings
+from emloc.settings import HealSettings, LoraSettings, NoiseSettings, TrainSettings
 from emloc.sizes import parse_size
 
 STRICT = ConfigDict(extra="forbid")
@@ -126,6 +126,23 @@ class Train(TrainSettings):
     prior_weight: Annotated[float, Field(ge=0)] = 1.0
     pictures: Drawn | None = None
     lora: Lora = dataclasses.field(default_factory=Lora)  # type: ignore[valid-type]
+
+
+class Teach(Section):
+    """`teach`: what healing learns from: the most training rows to take (0: none), how many
+    log-probabilities of the original to keep at each token, and how many rows stream together."""
+
+    rows: int = Field(default=0, ge=0)
+    top_k: int = Field(default=64, ge=1)
+    batch_size: int = Field(default=8, ge=1)
+    wave: int = Field(default=512, ge=1)
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Heal(HealSettings):
+    """`heal`: how emulators are healed; 0 steps leave them as they were cut."""
+
+    steps: int = 0
 
 
 class Correct(Section):

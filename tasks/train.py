@@ -14,11 +14,15 @@ def run(params: Params, ratio: float) -> None:
     fit(
         params,
         ratio=ratio,
-        model=layout.emulator(ratio),
+        model=layout.healed(ratio),
         base_name=read_json(layout.POINTER)["name"],
         adapter=layout.adapter(ratio, "raw"),
         results=layout.results(ratio),
-        inputs=[layout.POINTER, layout.results(ratio) / "layers.csv"],
+        inputs=[
+            layout.POINTER,
+            layout.results(ratio) / "layers.csv",
+            layout.results(ratio) / "heal.json",
+        ],
     )
 
 

@@ -67,6 +67,13 @@ def tiny_params(model: Path, data: Path) -> dict[str, Any]:
     return params
 
 
+HEALING: dict[str, Any] = {
+    "teach": {"rows": 12, "top_k": 8, "batch_size": 4, "wave": 8},
+    "heal": {"steps": 2, "rank": 2, "batch_size": 4},
+}
+"""What to add to a project's params for its emulators to be healed."""
+
+
 def copy_code(folder: Path) -> None:
     """Copy the project to `folder`, without its params.yaml."""
     for path in COPIED:

@@ -16,7 +16,7 @@ def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reproduced") / "project"
     params = start(folder)
     branches = {f"{stage}@{ratio}" for stage in BRANCH for ratio in params["ratios"]}
-    shared = {"pretrain", "prepare", "calibrate", "direct", "baseline", "report"}
+    shared = {"pretrain", "prepare", "calibrate", "teach", "direct", "baseline", "report"}
     assert ran(dvc(folder, "repro")) == branches | shared
     return folder
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import yaml
 
-from tests.project import make_project, write_params
+from tests.project import HEALING, make_project, write_params
 
 BINARIES = Path(sys.executable).parent
-BRANCH = ("compress", "train", "correct", "evaluate")  # the stages of one ratio
+BRANCH = ("compress", "heal", "train", "correct", "evaluate")  # the stages of one ratio
 
 
 def environment(folder: Path, **more: str) -> dict[str, str]:
@@ -102,7 +102,8 @@ def commit(folder: Path) -> None:
 
 def start(folder: Path) -> dict[str, Any]:
     """A project in a git repository of its own, all of it committed; its params."""
-    params = make_project(folder)
+    params = make_project(folder) | HEALING
+    write_params(folder, params)
     git(folder, "init", "--quiet")
     commit(folder)
     return params

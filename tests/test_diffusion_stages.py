@@ -20,7 +20,7 @@ from tests.project import make_diffusion_project, run_stage, write_params
 from tests.tiny_vision import save_picture
 
 PLAIN = ("prepare", "calibrate", "direct", "baseline")
-BY_RATIO = ("compress", "train", "correct", "evaluate")
+BY_RATIO = ("compress", "heal", "train", "correct", "evaluate")
 WAYS = ("emulator-raw", "original-raw", "original-corrected")
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
@@ -143,6 +143,7 @@ def test_class_pictures_join_the_training_only(project: Callable[..., Path]) -> 
     assert len(train.prompts) == 2
     run_stage("calibrate")
     run_stage("compress", 0.5)
+    run_stage("heal", 0.5)
     run_stage("train", 0.5)
     assert load_file(folder / f"artifacts/adapters/0.5/raw/{WEIGHTS}")
 

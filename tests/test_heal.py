@@ -161,7 +161,7 @@ def test_healing_is_the_same_each_time_and_in_chunks(
         heal_tiny(made, codec, tmp_path / name, steps=3)
         files.append((tmp_path / name / "healed" / "model.safetensors").read_bytes())
     assert files[0] == files[1]
-    monkeypatch.setattr(healing, "LARGE", 5 * VOCAB_SIZE)
+    monkeypatch.setattr(healing, "CHUNK", 5 * VOCAB_SIZE)
     heal_tiny(made, codec, tmp_path / "c", steps=3)
     whole, parts = (load_file(tmp_path / n / "healed" / "model.safetensors") for n in "ac")
     for key, tensor in whole.items():

@@ -146,6 +146,7 @@ def prepared(folder: Path, maker: Callable[[Path], dict[str, Any]]) -> dict[str,
     for name in ("prepare", "calibrate"):
         run_stage(name)
     run_stage("compress", 0.5)
+    run_stage("heal", 0.5)
     return params
 
 

@@ -101,7 +101,7 @@ def test_stages_write_their_planned_peak_beside_the_measured_one(project: Callab
     project("16GiB")
     for name in ("prepare", "calibrate", "direct", "baseline"):
         run_stage(name)
-    for name in ("compress", "train", "correct"):
+    for name in ("compress", "heal", "train", "correct"):
         run_stage(name, 0.5)
     files = ["calibrate.cost", "baseline/baseline.cost", "0.5/train.cost", "0.5/correct.cost"]
     for file in files:

@@ -55,7 +55,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("EMLOC_CACHE", str(folder / "cache"))
         for name in ("prepare", "calibrate", "direct", "baseline"):
             run_stage(name)
-        for name in ("compress", "train", "correct", "evaluate"):
+        for name in ("compress", "heal", "train", "correct", "evaluate"):
             run_stage(name, 0.5)
         run_stage("report")
     return folder

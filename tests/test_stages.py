@@ -17,17 +17,18 @@ from emloc.files import read_json, read_jsonl
 from emloc.metrics import score
 from emloc.models import load_model
 from emloc.trainer import StepWatch
-from tests.project import make_project, run_stage, write_params
+from tests.project import HEALING, make_project, run_stage, write_params
 
-PLAIN = ("prepare", "calibrate", "direct", "baseline")
-BY_RATIO = ("compress", "train", "correct", "evaluate")
+PLAIN = ("prepare", "calibrate", "teach", "direct", "baseline")
+BY_RATIO = ("compress", "heal", "train", "correct", "evaluate")
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project in which every stage ran."""
     folder = tmp_path_factory.mktemp("stages") / "project"
-    params = make_project(folder)
+    params = make_project(folder) | HEALING
+    write_params(folder, params)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("EMLOC_CACHE", str(folder / "cache"))
@@ -82,6 +83,39 @@ def test_emulators_shrink_with_the_ratio_and_lose_more(finished: Path) -> None:
             losses.append(sum(float(row["loss"]) for row in csv.DictReader(file)))
     assert sizes[0] > sizes[1]
     assert losses[0] < losses[1]
+
+
+def test_emulators_are_healed_at_their_size(finished: Path) -> None:
+    for ratio in ("0.8", "0.5"):
+        found = read_json(finished / f"results/{ratio}/heal.json")
+        assert found["divergence_after"] != found["divergence_before"] > 0
+        cut, healed = (
+            finished / f"artifacts/{kind}/{ratio}/model.safetensors"
+            for kind in ("emulators", "healed")
+        )
+        assert cut.stat().st_size == healed.stat().st_size
+        assert cut.read_bytes() != healed.read_bytes()
+    page = (finished / "report/report.md").read_text()
+    assert "| heal " in page and "| teach " in page
+
+
+def test_without_healing_the_emulator_is_the_one_that_was_cut(
+    project: Callable[[dict[str, Any]], Path],
+) -> None:
+    folder = project({})
+    for name in ("prepare", "calibrate", "teach"):
+        run_stage(name)
+    assert list((folder / "artifacts/teacher").iterdir()) == []
+    for name in ("compress", "heal"):
+        run_stage(name, 0.5)
+    files = {
+        kind: {
+            path.name: path.read_bytes() for path in (folder / f"artifacts/{kind}/0.5").iterdir()
+        }
+        for kind in ("emulators", "healed")
+    }
+    assert files["emulators"] == files["healed"]
+    assert read_json(folder / "results/0.5/heal.json") == {"steps": 0}
 
 
 def test_every_way_is_scored_on_the_same_rows(finished: Path) -> None:
@@ -207,6 +241,7 @@ def test_prepare_refuses_bad_input_and_leaves_nothing(
     ("stage", "changes", "message"),
     [
         ("calibrate", {"calibrate": {"targets": [".*nothing.*"]}}, "calibrate.targets: '.*nothing"),
+        ("teach", {"teach": {"rows": 4, "top_k": 10**6}}, "top_k is 1000000"),
         (
             "compress",
             {"compress": {"targets": {".*nothing.*": "ratio"}}},

@@ -12,7 +12,8 @@ import pytest
 
 from emloc.files import read_json, read_jsonl
 from tasks.params import load_params
-from tests.project import make_vision_project, run_stage, write_params
+from tests.project import HEALING, make_vision_project, run_stage, write_params
+from tests.shell import read_params
 from tests.tiny_vision import save_picture
 
 SPLITS = ("train", "validation", "test", "calibration")
@@ -52,15 +53,17 @@ def stored(*splits: str) -> set[Path]:
 def test_every_stage_runs_and_scores_with_the_task_s_metrics(
     project: Callable[..., Path],
 ) -> None:
-    project()
-    for name in ("prepare", "calibrate", "direct", "baseline"):
+    folder = project()
+    write_params(folder, read_params(folder) | HEALING)
+    for name in ("prepare", "calibrate", "teach", "direct", "baseline"):
         run_stage(name)
     for ratio in (0.8, 0.5):
-        for name in ("compress", "train", "correct", "evaluate"):
+        for name in ("compress", "heal", "train", "correct", "evaluate"):
             run_stage(name, ratio)
     run_stage("report")
     scores = read_json(Path("results/0.5/evaluate.json"))
     assert set(scores["original-corrected"]) == {"vqa_accuracy", "exact_match", "loss"}
+    assert read_json("results/0.5/heal.json")["steps"] == 2
     layers = Path("results/0.5/layers.csv").read_text()
     assert "vision_tower" in layers and "language_model" in layers
     page = Path("report/predictions.html").read_text()

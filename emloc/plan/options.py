@@ -20,11 +20,11 @@ from emloc.factors import factors_bytes
 from emloc.memory import anonymous_bytes
 from emloc.plan.loaded import Step, generate_peak, train_step
 from emloc.plan.peak import PARTS, Peak
-from emloc.plan.streamed import calibrate_peak, correct_peak
+from emloc.plan.streamed import calibrate_peak, correct_peak, teach_peak
 from emloc.plan.subject import Subject
 from emloc.plan.tracking import bytes_of
-from emloc.plan.work import Rows, Work
-from emloc.settings import LoraSettings, TrainSettings
+from emloc.plan.work import Rows, TaughtRows, Work
+from emloc.settings import HealSettings, LoraSettings, TrainSettings
 from emloc.sizes import GIB, show_gib
 
 _ACCELERATOR_RUNTIME = GIB * 3 // 4
@@ -134,6 +134,20 @@ class Planner:
     def train(self, ratio: float) -> Peak:
         """The peak of training on the emulator of a ratio."""
         return self._step(self.subject.emulator(ratio, self._trained), self.work).peak
+
+    def teach(self, rows: Rows, *, batches: int) -> Peak:
+        """The peak of streaming a wave of batches through the original."""
+        model = self.subject.build(self.dtype)
+        return teach_peak(model, rows, batches=batches, device=self.device)
+
+    def heal(self, ratio: float, rows: TaughtRows, settings: HealSettings) -> Peak:
+        """The peak of healing the emulator of a ratio, whose directions that are trained are counted
+        beside it."""
+        model = self.subject.emulator(ratio, pick_dtype(settings.precision))
+        targets = list(self.subject.ranks(ratio, model))
+        lora = LoraSettings(r=settings.rank, alpha=settings.rank, target_modules=targets)
+        training = settings.training(1)
+        return train_step(model, rows, lora=lora, settings=training, device=self.device).peak
 
     def factors_bytes(self) -> int:
         """Of the factors on the disk, in bfloat16, with their eigenvalues."""

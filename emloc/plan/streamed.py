@@ -1,4 +1,5 @@
-"""Predicted peaks of the stages that hold a piece of a model at a time: calibrating and correcting.
+"""Predicted peaks of the stages that hold a piece of a model at a time: calibrating, teaching and
+correcting.
 
 Letters: o out features, i in features, k rank, r LoRA rank.
 """
@@ -23,7 +24,7 @@ from emloc.factors import (
 )
 from emloc.plan.peak import Peak
 from emloc.plan.tracking import bytes_of, tracked, without_data
-from emloc.plan.work import Work
+from emloc.plan.work import Rows, Work
 from emloc.streaming import find_units
 
 
@@ -93,6 +94,25 @@ def calibrate_peak(
         peaks.append(Peak(weights, 0, batches * waiting + transient, 0, moments))
         peaks.append(Peak(weights, 0, batches * waiting, 0, moments + solving))
     return max(peaks, key=lambda peak: peak.total)
+
+
+def teach_peak(model: Any, rows: Rows, *, batches: int, device: torch.device) -> Peak:
+    """Streaming a wave of batches through a whole model, and the logits of one of them.
+
+    Args:
+        model: on the meta device; not to be used afterwards.
+        rows: the largest batch.
+        batches: of a wave.
+        device: where units are computed. On a CPU the next unit is read meanwhile.
+    """
+    units = find_units(model)
+    sizes = [bytes_of(unit) if _is_leaf(name, units) else 0 for name, unit in units.items()]
+    ahead = [*sizes[1:], 0] if device.type == "cpu" else [0] * len(sizes)
+    weights = max(size + next_one for size, next_one in zip(sizes, ahead, strict=True))
+    entry = model.dtype.itemsize + 2 * torch.float32.itemsize
+    logits = rows.size * model.config.get_text_config().vocab_size * entry
+    waiting, transient = _between_units(model, rows, units, device)
+    return Peak(weights, 0, batches * waiting + transient, logits)
 
 
 def _is_leaf(name: str, units: Mapping[str, nn.Module]) -> bool:

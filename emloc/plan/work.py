@@ -1,6 +1,7 @@
 """What a model is to work on, without data: one batch, by its shapes.
 
 - `Rows`: rows of text, with or without pictures, for a language or vision-language model
+- `TaughtRows`: the same, to heal an emulator with
 - `Noised`: pictures and captions for a denoiser
 
 Both can run a model that has no data (see `tracking.without_data`).
@@ -23,6 +24,7 @@ from emloc import loss
 from emloc.diffusion.encoding import Encoded
 from emloc.families import Codec
 from emloc.families.noising import Batch, DiffusionFamily
+from emloc.heal import sum_of_divergences
 from emloc.settings import NoiseSettings
 
 _CLIP_TOKENS, _FLUX_TOKENS = 77, 512
@@ -109,6 +111,27 @@ class Rows:
         seen = self.look(model)
         self.states(model, use_cache=False)
         del seen
+
+
+@dataclass(frozen=True)
+class TaughtRows(Rows):
+    """Rows whose every token is learnt from the original.
+
+    Attributes:
+        top_k: of the original's log-probabilities that are kept.
+    """
+
+    top_k: int = 1
+
+    def loss(self, model: Any) -> Tensor:
+        """As `heal.HealTrainer` computes it."""
+        seen = self.look(model)
+        states = self.states(model, use_cache=False).last_hidden_state.flatten(0, 1)  # (n, h)
+        shape, device = (len(states), self.top_k), states.device
+        ids = torch.zeros(shape, dtype=torch.int64, device=device)
+        logprobs = torch.zeros(shape, device=device)
+        del seen
+        return sum_of_divergences(model.get_output_embeddings(), states, ids, logprobs)
 
 
 @dataclass(frozen=True)

@@ -141,8 +141,8 @@ class Planner:
         return teach_peak(model, rows, batches=batches, device=self.device)
 
     def heal(self, ratio: float, rows: TaughtRows, settings: HealSettings) -> Peak:
-        """The peak of healing the emulator of a ratio, whose directions that are trained are counted
-        beside it."""
+        """The peak of healing the emulator of a ratio; the directions that are trained are counted
+        twice."""
         model = self.subject.emulator(ratio, pick_dtype(settings.precision))
         targets = list(self.subject.ranks(ratio, model))
         lora = LoraSettings(r=settings.rank, alpha=settings.rank, target_modules=targets)

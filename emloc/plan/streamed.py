@@ -109,10 +109,14 @@ def teach_peak(model: Any, rows: Rows, *, batches: int, device: torch.device) ->
     sizes = [bytes_of(unit) if _is_leaf(name, units) else 0 for name, unit in units.items()]
     ahead = [*sizes[1:], 0] if device.type == "cpu" else [0] * len(sizes)
     weights = max(size + next_one for size, next_one in zip(sizes, ahead, strict=True))
-    entry = model.dtype.itemsize + 2 * torch.float32.itemsize
-    logits = rows.size * model.config.get_text_config().vocab_size * entry
+    copies = 2 * model.dtype.itemsize + torch.float32.itemsize  # all, those taught, their softmax
+    if model.dtype != torch.float32:
+        copies += torch.float32.itemsize
+    logits = rows.size * model.config.get_text_config().vocab_size * copies
     waiting, transient = _between_units(model, rows, units, device)
-    return Peak(weights, 0, batches * waiting + transient, logits)
+    inside = Peak(weights, 0, batches * waiting + transient)
+    at_the_end = Peak(sizes[-1], 0, batches * waiting, logits)
+    return max(inside, at_the_end, key=lambda peak: peak.total)
 
 
 def _is_leaf(name: str, units: Mapping[str, nn.Module]) -> bool:

@@ -1,0 +1,131 @@
+"""The plan of teaching and healing: what it predicts is what is allocated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from emloc import heal as healing
+from emloc.families.text import TextCodec
+from emloc.heal import HealTrainer, split_off
+from emloc.loss import LossInChunks
+from emloc.lowrank import LowRankLinear, replace_linears
+from emloc.models import open_model
+from emloc.optimize import training_arguments
+from emloc.plan.streamed import teach_peak
+from emloc.plan.subject import empty_model
+from emloc.plan.tracking import AllocationTracker
+from emloc.plan.work import Rows, TaughtRows
+from emloc.settings import HealSettings
+from emloc.streaming import Stream
+from emloc.targets import BLOCKS, select
+from emloc.teach import teach
+from emloc.trainer import StepWatch
+from tests.test_plan import CPU, ROWS, SHAPE, TOKENS, VOCABULARY, config, examples, planner
+from tests.tiny import save_tiny, tiny_tokenizer
+
+pytest_plugins = "tests.training"  # one thread
+TOP_K = 16
+RATIO = 0.5
+
+
+@pytest.mark.parametrize("chunk", [2**24, 40 * VOCABULARY], ids=["whole", "chunks"])
+def test_healing_takes_what_was_planned(
+    chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(healing, "CHUNK", chunk)
+    settings = HealSettings(steps=3, batch_size=ROWS, rank=8)
+    plan = planner()
+    planned = plan.heal(RATIO, TaughtRows(ROWS, TOKENS, top_k=TOP_K), settings)
+    ranks = plan.subject.ranks(RATIO, empty_model(config(), torch.float32))
+    batch = taught_batch()
+    with AllocationTracker() as tracker:
+        model = AutoModelForCausalLM.from_config(config(), dtype=torch.float32)
+        replace_linears(model, ranks)
+        for module in model.modules():
+            if isinstance(module, LowRankLinear):
+                module.reset_parameters()
+        _ = LossInChunks(model).possible
+        adapted = split_off(model, settings)
+        trainer = HealTrainer(
+            adapted,
+            training_arguments(settings.training(), 3, tmp_path / "checkpoints", model.device),
+            examples(ROWS * 3),
+            [],
+            collator=lambda _: dict(batch),
+            by_length=False,
+            watch=StepWatch(100, None, False, False),
+        )
+        tracker.peak_bytes = 0  # of drawing the weights
+        with healing.fused_lora(adapted):
+            trainer.train()
+    assert planned.total == pytest.approx(tracker.peak_bytes, rel=0.05)
+
+
+def taught_batch() -> dict[str, torch.Tensor]:
+    """A batch as healing makes it, its last row padded."""
+    ids, mask = torch.full((2, ROWS, TOKENS), 5), torch.ones(ROWS, TOKENS, dtype=torch.int64)
+    ids[1, -1, -1], mask[-1, -1] = -100, 0
+    positions = ROWS * (TOKENS - 1) - 1
+    return {
+        "input_ids": ids[0],
+        "attention_mask": mask,
+        "labels": ids[1],
+        "taught_ids": torch.arange(TOP_K).repeat(positions, 1),
+        "taught_logprobs": torch.full((positions, TOP_K), -3.0),
+    }
+
+
+def test_chunks_of_logits_take_less() -> None:
+    rows = TaughtRows(ROWS, TOKENS, top_k=TOP_K)
+    whole = planner().heal(RATIO, rows, HealSettings())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(healing, "CHUNK", 40 * VOCABULARY)
+        assert planner().heal(RATIO, rows, HealSettings()).total < whole.total
+
+
+def test_teaching_takes_what_was_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The threads of all batches are tracked, and the weights that are read."""
+    path = save_tiny("llama", tmp_path / "model", dtype=torch.float32, **SHAPE)
+    planned = teach_peak(
+        empty_model(config(), torch.float32), Rows(2, TOKENS), batches=4, device=CPU
+    )
+    opened = open_model(path, dtype=torch.float32)
+    tracker = AllocationTracker()
+    forward, read = opened.model.forward, Stream._read
+
+    def tracked(*args: Any, **kwargs: Any) -> Any:
+        with tracker:
+            return forward(*args, **kwargs)
+
+    def read_tracked(stream: Stream, unit: str) -> Any:
+        with tracker:
+            return read(stream, unit)
+
+    opened.model.forward = tracked
+    monkeypatch.setattr(Stream, "_read", read_tracked)
+    lengths = (TOKENS, TOKENS - 1)
+    rows = [{"input_ids": [5] * n, "labels": [5] * n} for n in lengths] * 4
+    with tracker:
+        teach(
+            opened,
+            rows,
+            codec=TextCodec(tiny_tokenizer()),
+            top_k=TOP_K,
+            batch_size=2,
+            wave=8,
+            out=tmp_path / "taught",
+        )
+    assert 0.98 * tracker.peak_bytes < planned.total < 1.3 * tracker.peak_bytes
+
+
+def test_targets_of_all_linears_are_those_that_are_cut() -> None:
+    model = empty_model(config(), torch.float32)
+    names = select(model, [BLOCKS], where="x")
+    assert set(planner().subject.ranks(RATIO, model)) == set(names)
+    assert all(isinstance(module, nn.Linear) for module in names.values())

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -43,7 +43,7 @@ from emloc.teach import Targets, divergence, taught_labels
 from emloc.trainer import LoraTrainer, StepWatch
 
 CHUNK = 2**24  # logits at once, 64 MiB in float32, and some times that for their gradient
-_HELD_OUT = 8  # one row in so many measures what healing does and is not trained on
+HELD_OUT = 8  # one row in so many measures what healing does and is not trained on
 
 
 def heal(
@@ -78,19 +78,14 @@ def heal(
         `divergence_after`, in nats a token of the rows held out.
 
     Raises:
-        ValueError: examples and targets do not belong together, a denoiser, or the loss became NaN
-            or infinite. `out` is not written then.
+        ValueError: examples and targets do not belong together, or the loss became NaN or
+            infinite. `out` is not written then.
     """
     emulator = Path(emulator)
-    if is_denoiser(emulator):
-        raise ValueError(
-            f"{emulator} is an emulator of a diffusion pipeline, which cannot be healed: set "
-            "heal.steps to 0."
-        )
     model = load_model(emulator, dtype=pick_dtype(settings.precision), device=device)
     rows = _with_targets(model.config, examples, targets)
-    held = rows[::_HELD_OUT] if len(rows) >= _HELD_OUT else rows
-    taught = [row for place, row in enumerate(rows) if place % _HELD_OUT] or rows
+    held = rows[::HELD_OUT] if len(rows) >= HELD_OUT else rows
+    taught = [row for place, row in enumerate(rows) if place % HELD_OUT] or rows
     collate = partial(_collate, codec, targets)
     measure = partial(mean_divergence, rows=held, collate=collate, size=settings.batch_size)
     before = measure(model)
@@ -108,14 +103,18 @@ def heal(
     }
 
 
-def split_off(model: Any, settings: HealSettings) -> Any:
+def split_off(
+    model: Any, settings: HealSettings, *, attach: Callable[[Any, LoraSettings], Any] | None = None
+) -> Any:
     """Turn the last directions of each low-rank layer into a LoRA with scaling 1.
 
     Args:
         model: an emulator, changed in place; its outputs stay the same to rounding.
+        settings: how many directions.
+        attach: puts a LoRA of a shape on the model; None for `add_lora`.
 
     Returns:
-        peft's model.
+        What `attach` returns: peft's model.
     """
     layers = {n: m for n, m in model.named_modules() if type(m) is LowRankLinear and m.rank > 1}
     tails = {}
@@ -134,13 +133,16 @@ def split_off(model: Any, settings: HealSettings) -> Any:
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
     )
-    name = getattr(model.config, "name_or_path", "")
-    adapted = add_lora(model, lora, base_name=name, seed=settings.seed)
+    adapted = (attach or partial(_attach, seed=settings.seed))(model, lora)
     for name, layer in _loras(adapted).items():
         a, b = tails[name]
         layer.lora_A["default"].weight.data.copy_(a)
         layer.lora_B["default"].weight.data.copy_(b)
     return adapted
+
+
+def _attach(model: Any, lora: LoraSettings, *, seed: int) -> Any:
+    return add_lora(model, lora, base_name=model.config.name_or_path, seed=seed)
 
 
 def fold(adapted: Any) -> dict[str, tuple[Tensor, Tensor]]:
@@ -179,7 +181,8 @@ def write_healed(
     with writing(out, size=size) as folder:
         folder.mkdir()
         write_shards(folder, pieces, max_shard_size=max_shard_size, weights=weights)
-        copy_companions(emulator, folder)
+        if not is_denoiser(emulator):
+            copy_companions(emulator, folder)
         shutil.copyfile(emulator / "config.json", folder / "config.json")
 
 
@@ -189,8 +192,13 @@ def _stored_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _loras(model: nn.Module) -> dict[str, Any]:
     """Layer name in the model without its LoRA → the layer with it."""
-    base = model.get_base_model()  # type: ignore[operator]
+    base = _base(model)
     return {name: m for name, m in base.named_modules() if isinstance(m, LoraLayer)}
+
+
+def _base(model: Any) -> Any:
+    """The model that has the LoRA inside, without what peft puts around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _with_targets(
@@ -309,7 +317,7 @@ def mean_divergence(
     model: Any, *, rows: Sequence[Mapping[str, Any]], collate: Any, size: int
 ) -> float:
     """Mean divergence from the original at the taught positions of some rows, in nats."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _base(model)
     chunks = LossInChunks(base)
     total, count = 0.0, 0
     with evaluating(model):

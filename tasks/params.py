@@ -71,11 +71,6 @@ class Params(Section):
                 f"heal.steps is {self.heal.steps}, but teach.rows is 0, so there is nothing to "
                 "heal with: set teach.rows to some hundred, or heal.steps to 0"
             )
-        if self.noise is not None and (self.heal.steps or self.teach.rows):
-            raise ValueError(
-                f"heal.steps is {self.heal.steps} and teach.rows {self.teach.rows}, but an "
-                "emulator of a diffusion pipeline cannot be healed: set both to 0"
-            )
         return self
 
     @model_validator(mode="after")

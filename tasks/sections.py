@@ -129,8 +129,9 @@ class Train(TrainSettings):
 
 
 class Teach(Section):
-    """`teach`: what healing learns from: the most training rows to take (0: none), how many
-    log-probabilities of the original to keep at each token, and how many rows stream together."""
+    """`teach`: what healing learns from: the most training rows to take (0: none), or of a
+    diffusion pipeline the pairs of picture and noise; how many log-probabilities of the original to
+    keep at each token; and how many rows stream together."""
 
     rows: int = Field(default=0, ge=0)
     top_k: int = Field(default=64, ge=1)

@@ -75,12 +75,13 @@ def planned(params: Params, stage: str, ratio: float | None) -> tuple[Planner, P
     """The peak that a stage is planned to have; None for one that has no plan."""
     planner = planner_of(params)
     if stage == "teach":
-        rows = _row("train", planner.subject, params).times(params.teach.batch_size)
-        return planner, planner.teach(rows, batches=-(-params.teach.wave // rows.batch_size))
+        some = planner.work.times(params.teach.batch_size)
+        return planner, planner.teach(some, batches=-(-params.teach.wave // some.batch_size))
     if stage == "heal" and ratio is not None:
-        row = _row("train", planner.subject, params).times(params.heal.batch_size)
-        rows = TaughtRows(row.batch_size, row.tokens, None, row.pictures, params.teach.top_k)
-        return planner, planner.heal(ratio, rows, params.heal)
+        work = planner.work.times(params.heal.batch_size)
+        if isinstance(work, Rows):
+            work = TaughtRows(work.batch_size, work.tokens, None, work.pictures, params.teach.top_k)
+        return planner, planner.heal(ratio, work, params.heal)
     if stage == "train" and ratio is not None:
         return planner, planner.train(ratio)
     if stage == "correct" and ratio is not None:

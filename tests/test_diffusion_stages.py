@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from emloc.diffusion.encoding import Encoded
 from emloc.files import read_json, read_jsonl
 from tasks.params import load_params
-from tests.project import make_diffusion_project, run_stage, write_params
+from tests.project import HEALING, make_diffusion_project, run_stage, write_params
 from tests.tiny_vision import save_picture
 
-PLAIN = ("prepare", "calibrate", "direct", "baseline")
+PLAIN = ("prepare", "calibrate", "teach", "direct", "baseline")
 BY_RATIO = ("compress", "heal", "train", "correct", "evaluate")
 WAYS = ("emulator-raw", "original-raw", "original-corrected")
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -38,7 +38,8 @@ def run_all(ratios: list[float]) -> None:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project with a tiny Flux in which every stage ran."""
     folder = tmp_path_factory.mktemp("stages") / "project"
-    params = make_diffusion_project(folder)
+    params = make_diffusion_project(folder) | HEALING
+    write_params(folder, params)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("EMLOC_CACHE", str(folder / "cache"))

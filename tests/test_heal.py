@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from emloc import distill
 from emloc import heal as healing
 from emloc.calibrate import calibrate
 from emloc.emulator import cut, plan_ranks
@@ -161,7 +162,7 @@ def test_healing_is_the_same_each_time_and_in_chunks(
         heal_tiny(made, codec, tmp_path / name, steps=3)
         files.append((tmp_path / name / "healed" / "model.safetensors").read_bytes())
     assert files[0] == files[1]
-    monkeypatch.setattr(healing, "CHUNK", 5 * VOCAB_SIZE)
+    monkeypatch.setattr(distill, "CHUNK", 5 * VOCAB_SIZE)
     heal_tiny(made, codec, tmp_path / "c", steps=3)
     whole, parts = (load_file(tmp_path / n / "healed" / "model.safetensors") for n in "ac")
     for key, tensor in whole.items():

@@ -19,6 +19,7 @@ from tasks.budget import check, planner_of
 from tasks.params import Params, load_params
 from tests.internvl_original import SMALL, config, save_original
 from tests.project import (
+    HEALING,
     make_diffusion_project,
     make_project,
     make_vision_project,
@@ -216,3 +217,16 @@ def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path: Path) -> No
 
 def test_free_memory_is_a_part_of_what_there_is() -> None:
     assert 0 < free_bytes(torch.device("cpu")) < 2**44
+
+
+@pytest.mark.parametrize("kind", [make_project, make_vision_project, make_diffusion_project])
+def test_teaching_and_healing_are_planned(project: Callable, kind: Callable[[Path], dict]) -> None:
+    project("16GiB", kind)
+    write_params(Path.cwd(), yaml.safe_load(Path("params.yaml").read_text()) | HEALING)
+    for name in ("prepare", "calibrate", "teach"):
+        run_stage(name)
+    for name in ("compress", "heal"):
+        run_stage(name, 0.5)
+    for file in ("teach", "0.5/heal"):
+        cost = read_json(f"results/{file}.cost.json")
+        assert 0 < cost["planned_bytes"] < 2 * cost["peak_bytes"]

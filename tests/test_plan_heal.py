@@ -10,9 +10,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from emloc import heal as healing
+from emloc import distill
+from emloc.distill import HealTrainer
 from emloc.families.text import TextCodec
-from emloc.heal import HealTrainer, split_off
+from emloc.fused import fused_lora
+from emloc.heal import split_off
 from emloc.loss import LossInChunks
 from emloc.lowrank import LowRankLinear, replace_linears
 from emloc.models import open_model
@@ -38,7 +40,7 @@ RATIO = 0.5
 def test_healing_takes_what_was_planned(
     chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(healing, "CHUNK", chunk)
+    monkeypatch.setattr(distill, "CHUNK", chunk)
     settings = HealSettings(steps=3, batch_size=ROWS, rank=8)
     plan = planner()
     planned = plan.heal(RATIO, TaughtRows(ROWS, TOKENS, top_k=TOP_K), settings)
@@ -62,7 +64,7 @@ def test_healing_takes_what_was_planned(
             watch=StepWatch(100, None, False, False),
         )
         tracker.peak_bytes = 0  # of drawing the weights
-        with healing.fused_lora(adapted):
+        with fused_lora(adapted):
             trainer.train()
     assert planned.total == pytest.approx(tracker.peak_bytes, rel=0.05)
 
@@ -85,7 +87,7 @@ def test_chunks_of_logits_take_less() -> None:
     rows = TaughtRows(ROWS, TOKENS, top_k=TOP_K)
     whole = planner().heal(RATIO, rows, HealSettings())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(healing, "CHUNK", 40 * VOCABULARY)
+        patch.setattr(distill, "CHUNK", 40 * VOCABULARY)
         assert planner().heal(RATIO, rows, HealSettings()).total < whole.total
 
 

@@ -23,7 +23,7 @@ from emloc.plan.peak import PARTS, Peak
 from emloc.plan.streamed import calibrate_peak, correct_peak, teach_peak
 from emloc.plan.subject import Subject
 from emloc.plan.tracking import bytes_of
-from emloc.plan.work import Rows, TaughtRows, Work
+from emloc.plan.work import Rows, Work
 from emloc.settings import HealSettings, LoraSettings, TrainSettings
 from emloc.sizes import GIB, show_gib
 
@@ -135,19 +135,19 @@ class Planner:
         """The peak of training on the emulator of a ratio."""
         return self._step(self.subject.emulator(ratio, self._trained), self.work).peak
 
-    def teach(self, rows: Rows, *, batches: int) -> Peak:
+    def teach(self, work: Work, *, batches: int) -> Peak:
         """The peak of streaming a wave of batches through the original."""
         model = self.subject.build(self.dtype)
-        return teach_peak(model, rows, batches=batches, device=self.device)
+        return teach_peak(model, work, batches=batches, device=self.device)
 
-    def heal(self, ratio: float, rows: TaughtRows, settings: HealSettings) -> Peak:
-        """The peak of healing the emulator of a ratio; the directions that are trained are counted
-        twice."""
+    def heal(self, ratio: float, work: Work, settings: HealSettings) -> Peak:
+        """The peak of healing the emulator of a ratio, rows being `TaughtRows`; the directions that
+        are trained are counted twice."""
         model = self.subject.emulator(ratio, pick_dtype(settings.precision))
         targets = list(self.subject.ranks(ratio, model))
         lora = LoraSettings(r=settings.rank, alpha=settings.rank, target_modules=targets)
         training = settings.training(1)
-        return train_step(model, rows, lora=lora, settings=training, device=self.device).peak
+        return train_step(model, work, lora=lora, settings=training, device=self.device).peak
 
     def factors_bytes(self) -> int:
         """Of the factors on the disk, in bfloat16, with their eigenvalues."""

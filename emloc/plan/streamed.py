@@ -96,12 +96,12 @@ def calibrate_peak(
     return max(peaks, key=lambda peak: peak.total)
 
 
-def teach_peak(model: Any, rows: Rows, *, batches: int, device: torch.device) -> Peak:
+def teach_peak(model: Any, work: Work, *, batches: int, device: torch.device) -> Peak:
     """Streaming a wave of batches through a whole model, and the logits of one of them.
 
     Args:
         model: on the meta device; not to be used afterwards.
-        rows: the largest batch.
+        work: the largest batch.
         batches: of a wave.
         device: where units are computed. On a CPU the next unit is read meanwhile.
     """
@@ -112,8 +112,10 @@ def teach_peak(model: Any, rows: Rows, *, batches: int, device: torch.device) ->
     copies = 2 * model.dtype.itemsize + torch.float32.itemsize  # all, those taught, their softmax
     if model.dtype != torch.float32:
         copies += torch.float32.itemsize
-    logits = rows.size * model.config.get_text_config().vocab_size * copies
-    waiting, transient = _between_units(model, rows, units, device)
+    logits = 0
+    if isinstance(work, Rows):
+        logits = work.size * model.config.get_text_config().vocab_size * copies
+    waiting, transient = _between_units(model, work, units, device)
     inside = Peak(weights, 0, batches * waiting + transient)
     at_the_end = Peak(sizes[-1], 0, batches * waiting, logits)
     return max(inside, at_the_end, key=lambda peak: peak.total)

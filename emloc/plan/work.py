@@ -22,9 +22,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from emloc import loss
 from emloc.diffusion.encoding import Encoded
+from emloc.distill import sum_of_divergences
 from emloc.families import Codec
 from emloc.families.noising import Batch, DiffusionFamily
-from emloc.heal import sum_of_divergences
 from emloc.settings import NoiseSettings
 
 _CLIP_TOKENS, _FLUX_TOKENS = 77, 512
@@ -124,7 +124,7 @@ class TaughtRows(Rows):
     top_k: int = 1
 
     def loss(self, model: Any) -> Tensor:
-        """As `heal.HealTrainer` computes it."""
+        """As `distill.HealTrainer` computes it."""
         seen = self.look(model)
         states = self.states(model, use_cache=False).last_hidden_state.flatten(0, 1)  # (n, h)
         shape, device = (len(states), self.top_k), states.device

@@ -18,9 +18,8 @@ from emloc.models import load_model
 from emloc.sensitivity import sensitivities
 from emloc.targets import select
 from tests.built import BLOCKS, build
-from tests.project import write_pictures
 from tests.tiny import tiny_model, tiny_tokenizer
-from tests.tiny_vision import save_tiny_vision
+from tests.tiny_vision import conversation, save_picture, save_tiny_vision
 from tests.training import make_rows
 
 Sensitivities = Callable[..., dict[str, float]]
@@ -80,24 +79,11 @@ def test_a_language_model_s_are_those_of_its_rows_one_by_one(
 @pytest.mark.parametrize("family", ["internvl-llama", "qwen2_5_vl", "llava"])
 def test_those_of_a_vision_tower_come_from_the_answers_as_well(family: str, tmp_path: Path) -> None:
     model = load_model(save_tiny_vision(family, tmp_path), dtype=torch.float32, device="cpu")
-    (tmp_path / "data").mkdir()
-    write_pictures(tmp_path / "data")
-    codec = load_codec(tmp_path, root=tmp_path / "data/images")
-    rows = [
-        {
-            "messages": [
-                {
-                    "role": "user",
-                    "content": [
-                        {"type": "image", "image": f"{number}.png"},
-                        {"type": "text", "text": "What is it?" * number},
-                    ],
-                },
-                {"role": "assistant", "content": "abc"},
-            ]
-        }
-        for number in range(1, 4)
-    ]
+    rows = []
+    for number, size in enumerate([(28, 28), (60, 30), (30, 60)]):
+        save_picture(tmp_path / f"{number}.png", *size, seed=number)
+        rows.append(conversation(f"{number}.png", question="What is it?" * (number + 1)))
+    codec = load_codec(tmp_path, root=tmp_path)
     examples = codec.encode(rows, max_length=2000, source="rows")
     names = list(select(model, [r".*(layers?|blocks)\.\d+\..*"], where="targets"))
     found = sensitivities(model, examples, codec=codec, names=names, batch_size=3)

@@ -50,6 +50,9 @@ def run(params: Params, ratio: float) -> None:
     write_csv(folder / "layers.csv", list(layers[0]), layers)
     write_json(folder / "compress.json", sizes)
     print(table(plan))
+    if told is not None:
+        before, after = told.losses.values()
+        print(f"weighted loss: {after:.4g}; with uniform ranks {before:.4g}")
     print(
         f"emulator: {sizes['emulator_bytes'] / 2**20:.0f} MiB of the original's "
         f"{sizes['original_bytes'] / 2**20:.0f} MiB in {layout.emulator(ratio)}"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from torch import nn
 
+from emloc.allocate import allocate
 from emloc.calibrate import calibrate
 from emloc.correct import correct_adapter
 from emloc.data import FORMATS, Row, read_data
@@ -99,12 +100,18 @@ def compress_command(
     ratio: Annotated[float, typer.Option(help="share of a layer's parameters to keep")],
     out: Out,
     target: Annotated[list[str] | None, typer.Option(help="regex of layers; repeatable")] = None,
+    allocation: Annotated[
+        Literal["uniform", "relative"],
+        typer.Option(help="one ratio for all, or more for layers that it would harm more"),
+    ] = "uniform",
 ) -> None:
     """Cut an emulator from the factors."""
     path = resolve_model(model)
     found = FactorFiles(factors)
     targets: dict[str, float | str] = dict.fromkeys(target or [".*"], SWEPT)
-    plan = plan_ranks(found, ratios_for(found.modules, targets, ratio, where="--target"))
+    ratios = ratios_for(found.modules, targets, ratio, where="--target")
+    ranks = allocate(found, ratios) if allocation == "relative" else None
+    plan = plan_ranks(found, ratios, ranks=ranks)
     name = describe(model, path)["name"]
     opened = open_model(path, dtype=pick_dtype("bfloat16"))
     sizes = cut(path, opened, found, plan, out=out, base_name=name, progress=True)

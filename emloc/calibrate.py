@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from emloc.background import WorkBehind
 from emloc.devices import free_bytes
 from emloc.factor_work import FactorWriter
 from emloc.factors import factors_bytes, full_float32
 from emloc.files import write_json, writing
-from emloc.moments import Moments
+from emloc.moments import Moments, text_modules
 from emloc.streaming import Stream
 from emloc.weights import OpenedModel
 
@@ -66,7 +65,7 @@ def calibrate(
     for name in linears:
         by_unit.setdefault(stream.unit_of(name), []).append(name)
     on_device = [_to(dict(batch), stream.device) for batch in batches]
-    of_text = _text_modules(opened.model)
+    of_text = text_modules(opened.model)
 
     def mask(name: str) -> Tensor | None:
         seen = linears[name] in of_text
@@ -113,13 +112,6 @@ def _has_room(device: torch.device, needed_bytes: int) -> bool:
     if device.type in ("cpu", "mps"):
         return device.type == "cpu"
     return needed_bytes <= free_bytes(device)
-
-
-def _text_modules(model: nn.Module) -> set[nn.Module]:
-    """The modules that see a row's tokens; those of a vision tower see a picture's patches."""
-    if not isinstance(model, PreTrainedModel):
-        return set(model.modules())
-    return {*model.get_decoder().modules(), model.get_output_embeddings()}
 
 
 def _to(value: Any, device: torch.device) -> Any:

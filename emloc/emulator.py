@@ -54,12 +54,15 @@ class LayerPlan:
     loss: float
 
 
-def plan_ranks(factors: FactorFiles, ratios: Mapping[str, float]) -> list[LayerPlan]:
+def plan_ranks(
+    factors: FactorFiles, ratios: Mapping[str, float], *, ranks: Mapping[str, int] | None = None
+) -> list[LayerPlan]:
     """Rank, size and predicted loss of each layer to cut.
 
     Args:
         factors: what calibrate wrote.
         ratios: layer name → ratio, from `targets.ratios_for`.
+        ranks: layer name → rank in place of the ratio's, from `allocate.allocate`.
 
     Raises:
         ValueError: a ratio is not in (0, 1) or above the calibration's largest one.
@@ -74,6 +77,7 @@ def plan_ranks(factors: FactorFiles, ratios: Mapping[str, float]) -> list[LayerP
                 f"{name} is to be cut at ratio {ratio}, but was calibrated up to "
                 f"{factors.max_ratio}: raise calibrate.max_ratio or lower the ratio."
             )
+        rank = (ranks or {}).get(name, rank)
         loss = loss_kept(factors.eigenvalues(name), rank)
         plan.append(LayerPlan(name, o, i, ratio, rank, o * i, rank * (o + i), loss))
     return plan

@@ -1,6 +1,9 @@
 """Second moments of what a model's linears see: Σ x xᵀ or Σ y yᵀ, padding left out, one sum for
 linears with one input.
 
+- `Moments`: the sums
+- `text_modules`, `unpadded`: which activations have padding, and the same without it
+
 Letters: o out features, i in features, n tokens.
 """
 
@@ -13,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 
 @dataclass
@@ -105,12 +109,7 @@ class Moments:
         return hook
 
     def _add(self, name: str, x: Tensor) -> None:
-        mask = self._mask(name)
-        if mask is not None and x.ndim == 3 and x.shape[:2] == mask.shape:
-            x = x[mask.bool()]
-        elif mask is not None and x.ndim == 2 and x.shape[0] == mask.numel():  # (B·T, i)
-            x = x[mask.bool().flatten()]
-        x = x.reshape(-1, x.shape[-1]).float()  # (n, i)
+        x = unpadded(x, self._mask(name)).float()  # (n, i)
         weight = self._linears[name].weight
         of_inputs = _sums_inputs(self._linears[name])
         if not of_inputs:
@@ -124,3 +123,22 @@ class Moments:
 def _sums_inputs(linear: nn.Linear) -> bool:
     """Whether a linear sums Σ x xᵀ, because its input is not wider than its output."""
     return linear.weight.shape[0] >= linear.weight.shape[1]
+
+
+def text_modules(model: nn.Module) -> set[nn.Module]:
+    """The modules that see a row's tokens; those of a vision tower see a picture's patches."""
+    if not isinstance(model, PreTrainedModel):
+        return set(model.modules())
+    return {*model.get_decoder().modules(), model.get_output_embeddings()}
+
+
+def unpadded(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Activations (B, T, i) or (B·T, i) as (n, i), without tokens that are 0 in a mask (B, T).
+
+    Without a mask, and in any other shape, they all stay.
+    """
+    if mask is not None and x.ndim == 3 and x.shape[:2] == mask.shape:
+        return x[mask.bool()]
+    if mask is not None and x.ndim == 2 and x.shape[0] == mask.numel():
+        return x[mask.bool().flatten()]
+    return x.reshape(-1, x.shape[-1])

@@ -1,6 +1,8 @@
 """Which linear layers: regexes over module names, each match a full one.
 
-`select` picks the layers to calibrate; `ratios_for` gives each layer the ratio it is cut at.
+- `select`: the layers to calibrate
+- `ratios_for`: the ratio that each layer is cut at
+- `swept`: the layers whose ratio is the one that a run compares
 """
 
 from __future__ import annotations
@@ -80,8 +82,25 @@ def ratios_for(
         ValueError: a pattern is invalid or matches none of the names, or a value is neither a ratio
             in (0, 1) nor "ratio".
     """
-    names = list(names)
-    chosen: dict[str, float] = {}
+    chosen = _first_matches(list(names), targets, where)
+    return {name: ratio if value == SWEPT else float(value) for name, value in chosen.items()}
+
+
+def swept(names: Iterable[str], targets: Mapping[str, float | str], *, where: str) -> list[str]:
+    """The layers that get the swept ratio from `ratios_for`, not a number of their own.
+
+    Raises:
+        ValueError: as `ratios_for`.
+    """
+    chosen = _first_matches(list(names), targets, where)
+    return [name for name, value in chosen.items() if value == SWEPT]
+
+
+def _first_matches(
+    names: list[str], targets: Mapping[str, float | str], where: str
+) -> dict[str, float | str]:
+    """Layer name → value of the first target that matches it, checked."""
+    chosen: dict[str, float | str] = {}
     for pattern, value in targets.items():
         if value != SWEPT and not (isinstance(value, float | int) and 0 < value < 1):
             raise ValueError(
@@ -95,5 +114,5 @@ def ratios_for(
                 f"are named like {', '.join(names[:1]) or 'nothing'}: correct it or remove it."
             )
         for name in matched:
-            chosen.setdefault(name, ratio if value == SWEPT else float(value))
+            chosen.setdefault(name, value)
     return chosen

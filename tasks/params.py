@@ -106,6 +106,22 @@ class Params(Section):
         return self
 
     @model_validator(mode="after")
+    def _sensitivity_has_rows(self) -> Params:
+        if self.compress.allocation == "sensitivity":
+            instead = "take uniform or relative"
+            if self.noise is not None:
+                raise ValueError(
+                    "compress.allocation is 'sensitivity', which is for language and "
+                    f"vision-language models, but noise is set for a diffusion pipeline: {instead}"
+                )
+            if not self.calibrate.samples:
+                raise ValueError(
+                    "compress.allocation is 'sensitivity', which takes the loss of calibration "
+                    f"rows, but calibrate.samples is 0: raise it, or {instead}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _ratios_fit(self) -> Params:
         if len(set(self.ratios)) < len(self.ratios):
             raise ValueError(f"ratios is {self.ratios}, but names a ratio twice: name each once")

@@ -99,9 +99,15 @@ class Calibrate(Section):
 
 
 class Compress(Section):
-    """`compress`: which layers are cut, and at which ratio."""
+    """`compress`: which layers are cut, at which ratio, and how they share what that leaves them.
+
+    `allocation` gives all layers of the swept ratio its rank (uniform), or spends the same number
+    of parameters where they lower the error most: of each layer relative to its output, or by how
+    much the loss depends on it (sensitivity). A layer with a number of its own keeps that.
+    """
 
     targets: dict[str, float | str] = Field(min_length=1)
+    allocation: Literal["uniform", "relative", "sensitivity"] = "uniform"
 
 
 Lora = dataclass(LoraSettings, config=STRICT)

@@ -9,7 +9,7 @@ named in `NOT_RUN`: its original is a model that has to be pretrained first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,10 +40,12 @@ class Task:
     """Rows of prompt and answer.
 
     Attributes:
+        source: what they come from, with its version and hash.
         rows: reads all of them.
         sizes: of the splits. The first 300 test rows of codespell are those of params.yaml.
     """
 
+    source: str
     rows: Callable[[], list[Row]]
     sizes: Mapping[str, int]
 
@@ -63,7 +65,7 @@ def cities() -> list[Row]:
 
 
 def city_rows(
-    entries: Sequence[Mapping[str, Any]], countries: Mapping[str, Mapping[str, Any]]
+    entries: Iterable[Mapping[str, Any]], countries: Mapping[str, Mapping[str, Any]]
 ) -> list[Row]:
     """One row for each name of a city that stands for one continent only, in the order given.
 
@@ -83,8 +85,8 @@ def city_rows(
 
 
 TASKS: Mapping[str, Task] = {
-    "codespell": Task(spelling, SIZES),
-    "cities": Task(cities, SIZES),
+    "codespell": Task(f"{DATA} {DATA_SHA256}", spelling, SIZES),
+    "cities": Task(f"{CITIES} {CITIES_SHA256}", cities, SIZES),
 }
 
 

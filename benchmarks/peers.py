@@ -152,9 +152,12 @@ def importance(
     *,
     batch_size: int,
 ) -> dict[str, Tensor]:
-    """|w ∂loss/∂w| (o×i) of every linear layer of the blocks, by name.
+    """Σ |w ∂loss/∂w| over the weights of each inner feature of a block, by linear layer.
 
     The loss is the mean over the labelled tokens of a batch, its gradient summed over batches.
+
+    Returns:
+        Layer name → (o,), of o_proj and down_proj (i,), on the CPU.
     """
     prefix, blocks = blocks_of(original)
     weights = {
@@ -171,7 +174,13 @@ def importance(
             gradients = torch.autograd.grad(loss, list(weights.values()))
             for name, gradient in zip(weights, gradients, strict=True):
                 total[name] += gradient
-    return {name: (weights[name].detach() * total[name]).abs() for name in weights}
+    return {
+        name: (weight.detach() * total[name])
+        .abs()
+        .sum(0 if name.endswith(("o_proj", "down_proj")) else 1)
+        .cpu()
+        for name, weight in weights.items()
+    }
 
 
 def plan_pruning(
@@ -199,7 +208,8 @@ def plan_pruning(
     kept_channels = min(inner, max(1, round(left / (3 * width))))
     plan = Pruning([], [], [], kept_groups, kept_heads)
     for block in range(len(blocks)):
-        rows = _rows(importances, f"{prefix}.{block}")
+        rows = {part: importances[f"{prefix}.{block}.self_attn.{part}"] for part in _ATTENTION}
+        rows |= {part: importances[f"{prefix}.{block}.mlp.{part}"] for part in _MLP}
         queries = (rows["q_proj"] + rows["o_proj"]).view(groups, heads, size).sum(-1)
         values = (rows["k_proj"] + rows["v_proj"]).view(groups, size).sum(-1)
         top = queries.topk(kept_heads, dim=1)
@@ -210,13 +220,6 @@ def plan_pruning(
         channels = rows["gate_proj"] + rows["up_proj"] + rows["down_proj"]
         plan.channels.append(channels.topk(kept_channels).indices.sort().values)
     return plan
-
-
-def _rows(importances: Mapping[str, Tensor], block: str) -> dict[str, Tensor]:
-    """Importance of each inner feature of a block: out features, of o_proj and down_proj in."""
-    found = {part: importances[f"{block}.self_attn.{part}"].cpu() for part in _ATTENTION}
-    found |= {part: importances[f"{block}.mlp.{part}"].cpu() for part in _MLP}
-    return {part: t.sum(0 if part in ("o_proj", "down_proj") else 1) for part, t in found.items()}
 
 
 def _spread(places: Tensor, size: int) -> Tensor:

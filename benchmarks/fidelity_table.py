@@ -152,7 +152,7 @@ def _gain(
 
 
 def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1%}"
+    return "–" if value is None else f"{value + 0.0:.1%}"  # no -0.0
 
 
 def _difference(

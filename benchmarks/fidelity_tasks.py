@@ -32,6 +32,7 @@ CONTINENTS = {
 }
 MAX_LENGTH = 64
 SIZES = {"train": 6000, "validation": 300, "test": 1000}
+HELD = 128  # more rows, which nothing is trained or measured on: a correction is chosen by them
 NOT_RUN = {"easy-vqa": "its original has to be pretrained first (presets/easy-vqa.yaml)"}
 
 
@@ -91,8 +92,14 @@ TASKS: Mapping[str, Task] = {
 
 
 def encoded_splits(task: Task, codec: Codec) -> dict[str, list[Example]]:
-    """The splits of a task as the codec encodes them, each example with its answer as `answer`."""
-    splits = split_rows(task.rows(), sizes=task.sizes, seed=0)
+    """The splits of a task as the codec encodes them, each example with its answer as `answer`.
+
+    The split `held` stands beside those of the task's sizes.
+    """
+    sizes = {**task.sizes, "train": task.sizes["train"] + HELD}
+    splits = split_rows(task.rows(), sizes=sizes, seed=0)
+    splits["held"] = splits["train"][-HELD:]
+    del splits["train"][-HELD:]
     return {
         name: [
             {**example, "answer": row["answer"]}

@@ -20,7 +20,7 @@ from benchmarks import peers
 from benchmarks.fidelity import run
 from benchmarks.fidelity_cells import Cell, Grid, found_cells
 from benchmarks.fidelity_table import Outcome, gain_recovered, paired_interval, picture, table
-from benchmarks.fidelity_tasks import city_rows
+from benchmarks.fidelity_tasks import Task, city_rows, encoded_splits
 from benchmarks.fidelity_work import Work
 from emloc.families.text import TextCodec
 from emloc.generate import mean_loss, row_losses
@@ -218,6 +218,16 @@ def test_a_name_on_two_continents_is_no_row() -> None:
     assert city_rows(entries, countries) == [
         {"prompt": "On which continent is Lyon?\n", "answer": "Europe"}
     ]
+
+
+def test_splits_have_no_row_in_common() -> None:
+    rows = [{"prompt": f"{number}\n", "answer": str(number)} for number in range(160)]
+    task = Task("numbers", lambda: rows, {"train": 20, "validation": 4, "test": 8})
+    splits = encoded_splits(task, TextCodec(tiny_tokenizer(), chat_template=False))
+    sizes = {name: len(examples) for name, examples in splits.items()}
+    assert sizes == {"train": 20, "validation": 4, "test": 8, "held": 128}
+    answers = [example["answer"] for examples in splits.values() for example in examples]
+    assert len(set(answers)) == 160
 
 
 GRID = Grid(

@@ -15,6 +15,7 @@ are there, and lists what is missing.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 from functools import cache, partial
@@ -104,7 +105,10 @@ def main() -> None:
     """Run what is missing, print the table, draw the picture."""
     chosen = vars(options())
     only_table, device = chosen.pop("table"), chosen.pop("device")
-    grid = Grid(**chosen)
+    try:
+        grid = Grid(**chosen)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     if not only_table:
         run(grid, partial(prepared, steps=grid.steps, folder=CACHE, device=device), CELLS)
     done = found_cells(CELLS, grid)

@@ -1,7 +1,8 @@
 """What a language or vision-language model answers, and how likely it finds the right answers.
 
 - `generate_answers`: greedy answers, batched
-- `mean_loss`: mean negative log-likelihood of the labelled tokens
+- `row_losses`: negative log-likelihood of the labelled tokens of each row
+- `mean_loss`: its mean over all of them
 
 Both take a plain model or one with LoRA, put it into eval mode meanwhile, and work with rows of
 like length together.
@@ -85,6 +86,29 @@ def mean_loss(
 ) -> float:
     """Mean negative log-likelihood in nats per labelled token, each token counting the same.
 
+    Args:
+        model, codec, examples, batch_size, progress: as for `row_losses`.
+
+    Raises:
+        ValueError: `batch_size` below 1, or no labelled token in any row.
+    """
+    losses = row_losses(model, codec, examples, batch_size=batch_size, progress=progress)
+    count = sum(tokens for _, tokens in losses)
+    if not count:
+        raise ValueError("no row has a labelled token, so there is no loss: give it answers.")
+    return sum(loss for loss, _ in losses) / count
+
+
+def row_losses(
+    model: nn.Module,
+    codec: Codec,
+    examples: Sequence[Mapping[str, Any]],
+    *,
+    batch_size: int,
+    progress: str | None = None,
+) -> list[tuple[float, int]]:
+    """Negative log-likelihood of each row's labelled tokens in nats, and their number.
+
     Logits are computed from the first labelled position on only, where the model's forward allows
     (`logits_to_keep`); the log-softmax is in fp32.
 
@@ -96,27 +120,26 @@ def mean_loss(
         progress: title of a progress bar; None for none.
 
     Raises:
-        ValueError: `batch_size` below 1, or no labelled token in any row.
+        ValueError: `batch_size` below 1.
     """
     base = _base_model(model)
-    total, count = 0.0, 0
+    found = [(0.0, 0)] * len(examples)
     with evaluating(model):
         for rows in _batches(examples, batch_size, progress):
             batch = codec.collate([examples[row] for row in rows], side="right")
-            loss, tokens = _batch_loss(base, _on_device(batch, base))
-            total, count = total + loss, count + tokens
-    if not count:
-        raise ValueError("no row has a labelled token, so there is no loss: give it answers.")
-    return total / count
+            sums = _batch_losses(base, _on_device(batch, base))
+            for row, loss in zip(rows, sums, strict=True):
+                found[row] = loss
+    return found
 
 
-def _batch_loss(model: Any, batch: dict[str, Tensor]) -> tuple[float, int]:
-    """Sum of the negative log-likelihoods, and number, of the labels of a (B, T) batch."""
+def _batch_losses(model: Any, batch: dict[str, Tensor]) -> list[tuple[float, int]]:
+    """Sum of the negative log-likelihoods, and number, of the labels of each row of (B, T)."""
     labels = batch["labels"][:, 1:]  # position t predicts the token at t + 1
     labelled = labels != IGNORED
     columns = labelled.any(dim=0).nonzero()
     if not len(columns):
-        return 0.0, 0
+        return [(0.0, 0)] * len(labels)
     first = int(columns[0])
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     options = {"use_cache": False, "logits_to_keep": batch["labels"].shape[1] - first}
@@ -126,8 +149,13 @@ def _batch_loss(model: Any, batch: dict[str, Tensor]) -> tuple[float, int]:
     kept = labels.shape[1] - first  # the last position predicts nothing
     labels, labelled = labels[:, -kept:], labelled[:, -kept:]
     chosen = logits[:, -kept - 1 : -1][labelled].float()  # (labelled tokens, vocabulary)
-    loss = nn.functional.cross_entropy(chosen, labels[labelled].to(chosen.device), reduction="sum")
-    return float(loss), int(labelled.sum())
+    losses = nn.functional.cross_entropy(
+        chosen, labels[labelled].to(chosen.device), reduction="none"
+    )
+    counts = labelled.sum(dim=1).tolist()
+    return [
+        (float(row.sum()), count) for row, count in zip(losses.split(counts), counts, strict=True)
+    ]
 
 
 def _prompt_batch(

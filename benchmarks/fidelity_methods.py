@@ -106,9 +106,8 @@ def ranks_for(work: Work, factors: Path, ratio: float, *, by_sensitivity: bool) 
 def healed(work: Work, emulator: Path) -> Path:
     """A healed copy of an emulator."""
     from emloc.heal import heal
-    from emloc.teach import Targets, teach
-
     from emloc.settings import HealSettings
+    from emloc.teach import Targets, teach
 
     rows = work.splits["train"][:TAUGHT_ROWS]
     settings = HealSettings()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from emloc.background import WorkBehind
@@ -64,7 +65,7 @@ def calibrate(
     by_unit: dict[str, list[str]] = {}
     for name in linears:
         by_unit.setdefault(stream.unit_of(name), []).append(name)
-    on_device = [_to(dict(batch), stream.device) for batch in batches]
+    on_device = [send_to_device(dict(batch), stream.device) for batch in batches]
     of_text = text_modules(opened.model)
 
     def mask(name: str) -> Tensor | None:
@@ -112,9 +113,3 @@ def _has_room(device: torch.device, needed_bytes: int) -> bool:
     if device.type in ("cpu", "mps"):
         return device.type == "cpu"
     return needed_bytes <= free_bytes(device)
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _to(inner, device) for key, inner in value.items()}
-    return value.to(device) if isinstance(value, Tensor) else value

@@ -6,12 +6,19 @@ original and the emulator differ by D = (W − W_E) Q, and B'' = B' − D/s take
 each direction's D clamped to at most λ times the adapter's own size. Unclamped, the original with
 the corrected adapter equals the emulator with the raw one on every input in A's row space.
 
+Inputs are not spread evenly, and what a layer sees outside of A's row space goes with what it sees
+inside. The activation-weighted correction takes out what can be told from Qᵀx over the calibration
+tokens x: the D with the least Σ ‖(W − W_E) x − D Qᵀx‖², which is (W − W_E) C Q (Qᵀ C Q)⁻¹ with
+C = Σ x xᵀ. C is damped by a multiple of the identity, for which D is the paper's own.
+
 W_E is the emulator as it is stored, also for an adapter that was trained over its weights in NF4
 (see `emloc.nf4`): what 4 bits round off is noise around W_E that the original should not be given.
 The equality then holds for the emulator as it is stored, not for the rounded one.
 
 - `correct_layer`: the maths for one layer
 - `correct_adapter`: a whole adapter folder, layer by layer
+- `bases_of`: Q of each layer, which `emloc.projections` needs
+- `keep_adapter`: an adapter that is used as it is
 
 Letters: o out features, i in features, k rank of the emulator, r LoRA rank, s LoRA scaling.
 """
@@ -19,7 +26,7 @@ Letters: o out features, i in features, k rank of the emulator, r LoRA rank, s L
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +42,7 @@ from emloc.files import writing
 from emloc.lowrank import ranks_of
 from emloc.weights import OpenedModel
 
+DAMPING = 0.01
 _CHUNK_BYTES = 32 * 2**20  # of a weight in float32, at once
 
 
@@ -61,6 +69,8 @@ def correct_layer(
     *,
     scaling: float,
     limit: float | None,
+    projected: Tensor | None = None,
+    damping: float = DAMPING,
 ) -> tuple[Tensor, Tensor, float, float]:
     """Correct one layer's adapter.
 
@@ -71,6 +81,9 @@ def correct_layer(
         emulated: the emulator's `weight` (o×k) and `weight_in` (k×i).
         scaling: s, as peft applies it: alpha/r, or alpha/√r for rsLoRA.
         limit: λ; None leaves the correction unclamped.
+        projected: QᵀC (r×i), from `projections.project`, for the activation-weighted correction;
+            None for the paper's.
+        damping: what is added to the diagonal of C, as a share of the mean of QᵀCQ's diagonal.
 
     Returns:
         A' (r×i) and B'' (o×r) in float32, or float64 where `lora_a` is; the relative size of the
@@ -79,13 +92,14 @@ def correct_layer(
     dtype = torch.float64 if lora_a.dtype == torch.float64 else torch.float32
     basis, singular, right = torch.linalg.svd(lora_a.double().T, full_matrices=False)
     rotated_b = lora_b.double() @ (right.T * singular)  # (o, r), B' = B V Σ
-    basis = basis.to(dtype)  # (i, r), Q
-    outer, inner = emulated
-    difference = _times(weight, basis) - _times(outer, _times(inner, basis))
-    difference = difference.double() / scaling  # (o, r), D/s
-
     tolerance = singular.max() * max(lora_a.shape) * torch.finfo(dtype).eps
     used = singular > tolerance  # directions that A really has
+    basis = basis.to(dtype)  # (i, r), Q
+    seen = basis if projected is None else _predicted(basis, used, projected, damping)
+    outer, inner = emulated
+    difference = _times(weight, seen) - _times(outer, _times(inner, seen))
+    difference = difference.double() / scaling  # (o, r), D/s
+
     own = rotated_b.abs().mean(0)
     missing = difference.abs().mean(0)
     factor = used.double()
@@ -105,6 +119,8 @@ def correct_adapter(
     emulator: OpenedModel,
     *,
     limit: float | None = 3.0,
+    projected: Mapping[str, Tensor] | None = None,
+    damping: float = DAMPING,
     out: Path | str,
     device: torch.device | str = "cpu",
     progress: bool = False,
@@ -118,6 +134,9 @@ def correct_adapter(
         adapter: folder of the raw adapter, as peft or a diffusion pipeline saved it.
         original, emulator: both opened, their weights on disk.
         limit: λ, above 0; None for no clamping.
+        projected: layer name → QᵀC, from `projections.project` with `bases_of` the adapter, for the
+            activation-weighted correction; None for the paper's.
+        damping: see `correct_layer`.
         out: folder to create.
         device: where to compute.
         progress: show a progress bar over the layers.
@@ -151,12 +170,58 @@ def correct_adapter(
                 _emulated(emulator, name, device),
                 scaling=scalings[name],
                 limit=limit,
+                projected=None if projected is None else projected[name].to(device),
+                damping=damping,
             )
             tensors[key_a], tensors[key_b] = lora_a.cpu(), lora_b.cpu().contiguous()
             report.append(LayerCorrection(name, size, clamped))
     with writing(out) as folder:
         raw.write_corrected(folder, tensors)
     return report
+
+
+def bases_of(adapter: Path | str, emulator: OpenedModel) -> dict[str, Tensor]:
+    """Layer name → Q (i×r), an orthonormal basis of A's row space, of the layers to correct.
+
+    Raises:
+        ValueError: as in `correct_adapter`.
+    """
+    raw = find_adapter(adapter)
+    tensors = raw.read_raw()
+    bases = {}
+    for name in sorted(_ranks(emulator)):
+        lora_a = tensors.get(raw.keys(name)[0])
+        if lora_a is not None:
+            bases[name] = torch.linalg.svd(lora_a.double().T, full_matrices=False).U.float()
+    return bases
+
+
+def keep_adapter(adapter: Path | str, out: Path | str) -> None:
+    """Write an adapter as it is to a new folder, marked so that it is not corrected any more.
+
+    Raises:
+        ValueError: it was corrected before.
+    """
+    raw = find_adapter(adapter)
+    tensors = raw.read_raw()
+    with writing(out) as folder:
+        raw.write_corrected(folder, tensors)
+
+
+def _predicted(basis: Tensor, used: Tensor, projected: Tensor, damping: float) -> Tensor:
+    """C Q (Qᵀ C Q)⁻¹ (i×r) of a damped C: what to expect of x for each direction of Qᵀx.
+
+    Directions that A does not have take no part; with no tokens at all it is Q.
+    """
+    seen = basis.clone()
+    q, qc = basis[:, used].double(), projected[used].double()  # (i, u), (u, i)
+    inner = qc @ q
+    inner = (inner + inner.T) / 2
+    shift = damping * float(inner.diagonal().mean()) if len(inner) else 0.0
+    if shift > 0:
+        inner.diagonal().add_(shift)
+        seen[:, used] = torch.linalg.solve(inner, qc + shift * q.T).T.to(basis.dtype)
+    return seen
 
 
 def _times(matrix: Tensor, basis: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -116,13 +117,9 @@ def _wave(
         logprobs, ids = logits.float().log_softmax(-1).topk(top_k)
         found[place] = ids.int().cpu(), logprobs.cpu()
 
-    stream.run([_on(batch, stream.device) for batch in batches], on_output=keep)
+    stream.run([send_to_device(batch, stream.device) for batch in batches], on_output=keep)
     ids, logprobs = zip(*(found[place] for place in range(len(batches))), strict=True)
     return {"ids": torch.cat(ids), "logprobs": torch.cat(logprobs)}
-
-
-def _on(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def _file(number: int) -> str:

@@ -74,3 +74,25 @@ def score_answers(
     )
     references = [references_of(row) for row in rows]
     return {**score(answers, references, settings.metrics), "loss": loss}
+
+
+def validation_loss_of_answers(
+    params: Params, adapter: Path, label: str, device: torch.device
+) -> float:
+    """Mean loss of the original with an adapter on the validation rows."""
+    path, _ = find_original(params)
+    model = load_model(
+        path,
+        dtype=pick_dtype(params.model.dtype),
+        device=device,
+        offload=True,
+        budget_bytes=params.memory.budget_bytes,
+    )
+    codec = codec_of(path, params)
+    return mean_loss(
+        plug(model, adapter),
+        codec,
+        encode("validation", codec, params),
+        batch_size=params.evaluate.batch_size,
+        progress=f"{label}: loss",
+    )

@@ -85,7 +85,10 @@ def planned(params: Params, stage: str, ratio: float | None) -> tuple[Planner, P
     if stage == "train" and ratio is not None:
         return planner, planner.train(ratio)
     if stage == "correct" and ratio is not None:
-        return planner, planner.correct(ratio)
+        peaks = [planner.correct(ratio)]
+        if params.correct.method in ("weighted", "auto"):
+            peaks.append(planner.calibrate)  # streams those rows once more, for smaller sums
+        return planner, max(peaks, key=lambda peak: peak.total)
     if stage in ("baseline", "evaluate"):
         peak = planner.generate
         return None if peak is None else (planner, peak)

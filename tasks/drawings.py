@@ -84,6 +84,35 @@ def score_drawings(
     return {**_scores(pictures, params, device), "loss": loss}
 
 
+def validation_loss_of_pictures(
+    params: Params, adapter: Path, label: str, device: torch.device
+) -> float:
+    """Loss of the original with an adapter on the validation pictures, or where there are none on
+    the training's, at noise that training did not see."""
+    path, _ = find_original(params)
+    settings = params.evaluate.pictures
+    assert settings is not None
+    pipeline = load_pipeline(
+        path,
+        dtype=pick_dtype(params.model.dtype),
+        device=device,
+        adapter=adapter,
+        encoders=False,
+        offload=settings.offload,
+    )
+    split = "validation" if params.data.validation else "train"
+    return mean_noise_loss(
+        denoiser_of(pipeline),
+        load_family(path),
+        Encoded.load(layout.encoded(split)),
+        draws=settings.draws,
+        noise=params.noise,
+        seed=params.data.seed + 1,
+        batch_size=params.evaluate.batch_size,
+        progress=f"{label}: loss",
+    )
+
+
 def _scores(
     pictures: list[list[Image.Image]], params: Params, device: torch.device
 ) -> dict[str, float]:

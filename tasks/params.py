@@ -65,6 +65,21 @@ class Params(Section):
         return self
 
     @model_validator(mode="after")
+    def _something_to_correct_by(self) -> Params:
+        method = self.correct.method
+        if method == "auto" and not self.data.validation and self.noise is None:
+            raise ValueError(
+                "correct.method is 'auto', which chooses by the loss on validation rows, but "
+                "data.validation is 0: raise it, or name a method"
+            )
+        if method in ("auto", "weighted") and not self.calibrate.samples:
+            raise ValueError(
+                f"correct.method is {method!r}, which needs calibration samples, but "
+                "calibrate.samples is 0: raise it, or take paper or none"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _something_to_heal_with(self) -> Params:
         if self.heal.steps and not self.teach.rows:
             raise ValueError(

@@ -153,9 +153,18 @@ class Heal(HealSettings):
 
 
 class Correct(Section):
-    """`correct`: λ, or null for no limit."""
+    """`correct`: how the adapter is fitted to the original.
 
+    `method` is none, paper, weighted (by the activations), or auto, which tries all of them with
+    each of `limits` and keeps what has the least loss on the validation rows; `limit` is λ of the
+    other two, null for no limit; `damping` is the share of the mean that weighted adds to the
+    diagonal of the second moments.
+    """
+
+    method: Literal["none", "paper", "weighted", "auto"] = "paper"
     limit: float | None = Field(default=3.0, gt=0)
+    limits: list[Annotated[float, Field(gt=0)] | None] = Field(default=[1.0, 3.0], min_length=1)
+    damping: float = Field(default=0.01, ge=0)
 
 
 class Pictures(Section):

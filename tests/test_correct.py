@@ -70,6 +70,66 @@ def make(kind: str = "full", *, alpha: float = 16, rslora: bool = False, r: int 
     )
 
 
+def inputs(layer: Layer, tokens: int = 200) -> Tensor:
+    """Correlated inputs (n×i): what A does not see can be told from what it does."""
+    torch.manual_seed(1)
+    mixing = torch.randn(IN, IN, dtype=torch.float64)
+    return torch.randn(tokens, IN, dtype=torch.float64) @ mixing
+
+
+def weighted(
+    layer: Layer, x: Tensor, *, damping: float = 0.0, limit: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """A' and B'' of the activation-weighted correction for inputs (n×i)."""
+    basis = torch.linalg.svd(layer.a.T, full_matrices=False).U
+    projected = basis.T @ x.T @ x
+    a, b, _, _ = correct_layer(
+        layer.a, layer.b, layer.weight, layer.emulated, scaling=layer.scaling, limit=limit,
+        projected=projected, damping=damping,
+    )  # fmt: skip
+    return a, b
+
+
+def error(layer: Layer, a: Tensor, b: Tensor, x: Tensor) -> float:
+    return float((layer.on_original(a, b, x) - layer.raw_on_emulator(x)).square().sum())
+
+
+def test_the_weighted_correction_is_the_least_squares_one() -> None:
+    layer = make()
+    x = inputs(layer)
+    a, b = weighted(layer, x, damping=1e-12)
+    outer, inner = layer.emulated
+    wanted = x @ (outer @ inner - layer.weight).T  # (n, o), to be told from Qᵀx
+    best = torch.linalg.lstsq(x @ a.T, wanted).solution.T  # (o, r)
+    rotated = layer.b @ layer.a @ a.T  # B' on the basis
+    torch.testing.assert_close(b, rotated + best / layer.scaling)
+    plain = layer.correct(None)
+    assert error(layer, a, b, x) < 0.9 * error(layer, *plain[:2], x)
+
+
+def test_a_strong_damping_and_even_inputs_give_the_papers_correction() -> None:
+    layer = make()
+    a, b, _, _ = layer.correct(None)
+    strong = weighted(layer, inputs(layer), damping=1e9)
+    torch.testing.assert_close(strong[1], b, atol=1e-5, rtol=1e-5)
+    even = weighted(layer, 7 * torch.eye(IN, dtype=torch.float64), damping=0.01)
+    torch.testing.assert_close(even, (a, b))
+
+
+@pytest.mark.parametrize("kind", ["full", "zero row", "duplicate rows", "zero"])
+@pytest.mark.parametrize("tokens", [0, 1, 3])
+def test_few_tokens_and_missing_directions_stay_finite(kind: str, tokens: int) -> None:
+    layer = make(kind)
+    x = inputs(layer, tokens)
+    a, b = weighted(layer, x, damping=0.01)
+    assert a.isfinite().all() and b.isfinite().all()
+    plain_a, plain_b, _, _ = layer.correct(None)
+    if tokens == 0:
+        torch.testing.assert_close((a, b), (plain_a, plain_b))
+    else:
+        assert error(layer, a, b, x) <= error(layer, plain_a, plain_b, x) + 1e-6
+
+
 CASES = [
     ("full", {"alpha": R}),
     ("full", {"alpha": 3 * R}),

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -87,16 +88,10 @@ def teach_denoiser(
                 found[place] = output[0].cpu()
 
             chosen = batches[start : start + size]
-            stream.run([_moved(batch, stream.device) for batch in chosen], on_output=keep)
+            stream.run([send_to_device(batch, stream.device) for batch in chosen], on_output=keep)
             tensors = [found[place] for place in range(len(chosen))]
             save_file({_KEY: torch.cat(tensors)}, folder / f"{number:05}.safetensors")
         write_json(folder / _INDEX, {"samples": samples, "wave": size * batch_size})
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, dict):
-        return {name: _moved(entry, device) for name, entry in value.items()}
-    return value.to(device) if isinstance(value, Tensor) else value
 
 
 class Predictions:

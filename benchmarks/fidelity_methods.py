@@ -7,7 +7,8 @@
 - `weighted`: the same training with the activation-weighted correction, λ = 1
 - `alloc`, `relative`: ranks by sensitivity, or by relative loss; no correction
 - `heal`: healed before the training, no correction
-- `ours`: the better of the two allocations, healed, the correction chosen by held-out loss
+- `heal+alloc`: healed, with the better of the two allocations; no correction
+- `ours`: the same, the correction chosen by held-out loss
 - `offsite`, `loram`: see `benchmarks.peers`
 
 All calls to what the method adds to the paper are in this module.
@@ -26,12 +27,18 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks import peers
 from benchmarks.fidelity_work import BATCH_SIZE, Work, kept_share, ratios_of
+from emloc.allocate import allocate
 from emloc.factor_files import FactorFiles
 from emloc.files import writing
+from emloc.heal import heal
 from emloc.models import open_model
+from emloc.sensitivity import sensitivities
+from emloc.settings import HealSettings
+from emloc.teach import Targets, teach
 
 LIMIT = 3.0  # λ of the paper
 WEIGHTED_LIMIT = 1.0
+LIMITS = (1.0, 3.0)  # that `ours` tries
 OURS_BY_SENSITIVITY = True  # the allocation of `ours`
 SENSITIVITY_ROWS = 64
 TAUGHT_ROWS = 1024
@@ -88,9 +95,6 @@ def allocated(work: Work, ratio: float, seed: int, *, by_sensitivity: bool) -> M
 
 def ranks_for(work: Work, factors: Path, ratio: float, *, by_sensitivity: bool) -> dict[str, int]:
     """Layer name → rank, of the uniform emulator's size."""
-    from emloc.allocate import allocate
-    from emloc.sensitivity import sensitivities
-
     files = FactorFiles(factors)
     ratios = ratios_of(files, ratio)
     if not by_sensitivity:
@@ -105,10 +109,6 @@ def ranks_for(work: Work, factors: Path, ratio: float, *, by_sensitivity: bool) 
 
 def healed(work: Work, emulator: Path) -> Path:
     """A healed copy of an emulator."""
-    from emloc.heal import heal
-    from emloc.settings import HealSettings
-    from emloc.teach import Targets, teach
-
     rows = work.splits["train"][:TAUGHT_ROWS]
     settings = HealSettings()
 
@@ -141,28 +141,31 @@ def heal_only(work: Work, ratio: float, seed: int) -> Made:
     return emulated(work, factors, healed(work, work.emulator(factors, ratio)), seed)
 
 
+def heal_alloc(work: Work, ratio: float, seed: int) -> Made:
+    """Ranks of their own, and healed; not corrected."""
+    factors = work.factors(calibrated=True)
+    return emulated(work, factors, _best_emulator(work, factors, ratio), seed)
+
+
 def ours(work: Work, ratio: float, seed: int) -> Made:
     """All of it."""
-    from emloc.choose import choose
-
     factors = work.factors(calibrated=True)
+    emulator = _best_emulator(work, factors, ratio)
+    raw = work.fit(emulator.name, seed, lambda: work.load(emulator))
+    candidates = [raw] + [
+        work.corrected(raw, emulator, limit=limit, weighted=weighted)
+        for weighted in (False, True)
+        for limit in LIMITS
+    ]
+    losses = [work.held_out_loss(adapter) for adapter in candidates]
+    best = min(zip(losses, range(len(losses)), strict=True))[1]  # of equals the first
+    return Made(candidates[best], kept_share(emulator, factors))
+
+
+def _best_emulator(work: Work, factors: Path, ratio: float) -> Path:
+    """Healed, with the better allocation."""
     ranks = ranks_for(work, factors, ratio, by_sensitivity=OURS_BY_SENSITIVITY)
-    emulator = healed(work, work.emulator(factors, ratio, ranks))
-    made = emulated(work, factors, emulator, seed)
-
-    def build(out: Path) -> None:
-        choose(
-            made.adapter,
-            work.original,
-            emulator,
-            work.splits["held"],
-            codec=work.codec,
-            out=out,
-            device=work.device,
-        )
-
-    chosen = work.cached("chosen", {"adapter": made.adapter and made.adapter.name}, build)
-    return Made(chosen, made.kept)
+    return healed(work, work.emulator(factors, ratio, ranks))
 
 
 def offsite(work: Work, ratio: float, seed: int) -> Made:
@@ -208,10 +211,11 @@ METHODS: Mapping[str, Callable[[Work, Any, int], Made]] = {
     "svd": partial(uniform, calibrated=False),
     "paper": partial(uniform, limit=LIMIT),
     "raw": uniform,
-    "weighted": partial(uniform, method="weighted", limit=WEIGHTED_LIMIT),
+    "weighted": partial(uniform, weighted=True, limit=WEIGHTED_LIMIT),
     "alloc": partial(allocated, by_sensitivity=True),
     "relative": partial(allocated, by_sensitivity=False),
     "heal": heal_only,
+    "heal+alloc": heal_alloc,
     "ours": ours,
     "offsite": offsite,
     "loram": loram,

@@ -18,16 +18,17 @@ import torch
 from torch import nn
 
 from emloc.calibrate import calibrate
-from emloc.correct import correct_adapter
+from emloc.correct import bases_of, correct_adapter
 from emloc.emulator import cut, plan_ranks
 from emloc.factor_files import FactorFiles
 from emloc.families import Codec, calibration_batches, load_codec
 from emloc.families.text import Example
 from emloc.files import digest, read_json
 from emloc.finetune import finetune
-from emloc.generate import generate_answers, row_losses
+from emloc.generate import generate_answers, mean_loss, row_losses
 from emloc.models import load_model, open_model
 from emloc.plug import plug
+from emloc.projections import project
 from emloc.settings import LoraSettings, TrainSettings
 from emloc.targets import ratios_for, select
 
@@ -160,20 +161,38 @@ class Work:
             return trained
         return self.cached("recovered", options, lambda out: finish(trained, out))
 
-    def corrected(self, adapter: Path, emulator: Path, **options: Any) -> Path:
-        """An adapter of `fit` on an emulator, corrected with options of `correct_adapter`."""
+    def corrected(
+        self, adapter: Path, emulator: Path, *, limit: float, weighted: bool = False
+    ) -> Path:
+        """An adapter of `fit` on an emulator, corrected by the paper or weighted by activations."""
 
         def build(out: Path) -> None:
+            original, cut_one = (
+                open_model(path, dtype=torch.float32) for path in (self.original, emulator)
+            )
+            projected = None
+            if weighted:
+                batches = calibration_batches(self.codec, self.calibration, BATCH_SIZE)
+                bases = bases_of(adapter, cut_one)
+                projected = project(original, batches, bases, device=self.device)
+                original = open_model(self.original, dtype=torch.float32)
             correct_adapter(
                 adapter,
-                open_model(self.original, dtype=torch.float32),
-                open_model(emulator, dtype=torch.float32),
+                original,
+                cut_one,
+                limit=limit,
+                projected=projected,
                 out=out,
                 device=self.device,
-                **options,
             )
 
-        return self.cached("corrected", {"adapter": adapter.name, **options}, build)
+        options = {"adapter": adapter.name, "limit": limit, "weighted": weighted}
+        return self.cached("corrected", options, build)
+
+    def held_out_loss(self, adapter: Path) -> float:
+        """Loss of the original with an adapter on rows that no training and no split has."""
+        model = plug(self.load(), adapter)
+        return mean_loss(model, self.codec, self.splits["held"], batch_size=BATCH_SIZE)
 
     def answer(self, adapter: Path | None, split: str, rows: int) -> dict[str, list[Any]]:
         """What the original with an adapter makes of the first rows of a split.

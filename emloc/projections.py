@@ -1,4 +1,4 @@
-"""What a trained adapter's directions see: QᵀC of each layer, to weight a correction by activations.
+"""What a trained adapter's directions see: QᵀC of each layer, to weight a correction by activation.
 
 A second pass over the calibration rows, streamed like the first (see `emloc.calibrate`): Q is known
 only once the adapter is trained, and QᵀC (r×i) is small where C (i×i) is not.

@@ -56,6 +56,8 @@ def tiny_params(model: Path, data: Path) -> dict[str, Any]:
         "chat_template": None,
     }
     params["calibrate"] |= {"samples": 8, "batch_size": 2}
+    params["compress"]["allocation"], params["correct"]["method"] = "uniform", "paper"
+    params["teach"]["rows"] = params["heal"]["steps"] = 0
     params["train"] |= {
         "steps": 4,
         "batch_size": 2,

@@ -84,7 +84,7 @@ def test_every_allocation_spends_the_same_and_is_trained_like_any_other(
     assert sha256(layout.emulator(RATIO) / "model.safetensors") == first
     params = load_params().model_dump(mode="json")
     write_params(folder, {**params, "memory": {"budget": "16GiB"}})
-    for name in ("train", "correct"):
+    for name in ("heal", "train", "correct"):
         run_stage(name, RATIO)
     assert read_json(layout.results(RATIO) / "train.cost.json")["planned_bytes"] > 0
 

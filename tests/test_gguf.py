@@ -170,6 +170,7 @@ def test_a_folder_or_a_file_is_converted_once_without_network(
     assert "converting" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_end_with_one_whole_folder(tmp_path: Path) -> None:
     save_gguf(tmp_path / "tiny.gguf")
     program = (

@@ -141,6 +141,7 @@ def test_adapters_samples_and_report_are_in_the_store(project: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_changed_report_updates_its_parent_and_repeats_no_metric(project: Path) -> None:
     log_branch("0.8")
     log_report()
@@ -156,6 +157,7 @@ def test_a_changed_report_updates_its_parent_and_repeats_no_metric(project: Path
         assert len(points) == len({point.step for point in points})
 
 
+@pytest.mark.slow
 def test_a_run_that_was_left_unfinished_is_replaced(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,6 +180,7 @@ def test_a_run_that_was_left_unfinished_is_replaced(
     assert run.info.run_id not in (failed.info.run_id, killed.info.run_id)
 
 
+@pytest.mark.slow
 def test_threads_log_to_a_store_that_nobody_made_before(project: Path) -> None:
     Path("mlflow.db").unlink()
     logged: list[bool] = []
@@ -193,6 +196,7 @@ def test_threads_log_to_a_store_that_nobody_made_before(project: Path) -> None:
     assert (len(runs("ratio")), len(runs("parent"))) == (2, 1)
 
 
+@pytest.mark.slow
 def test_ratios_of_two_parents_are_put_under_the_older_one(project: Path) -> None:
     log_branch("0.8")
     (first,) = runs("parent")

@@ -101,7 +101,7 @@ def test_a_teammate_gets_what_is_not_committed_without_computing_anything(
     second = clone(first, tmp_path / "second", read_params(first))
     dvc(second, "remote", "add", "-d", "team", url)
     printed = share(second, "pull", **env)
-    assert "gave the results of 10 stages; nothing was computed" in printed
+    assert "gave the results of 12 stages; nothing was computed" in printed
     assert lock(second) == {name: lock(first)[name] for name in lock(second)}
     assert (second / "artifacts/emulators/0.5/model.safetensors").exists()
     assert "original + corrected" in (second / "report/report.md").read_text()
@@ -148,7 +148,7 @@ def test_pull_computes_nothing_and_takes_nothing_away(project: Path, tmp_path: P
 
     other = clone(project, tmp_path / "other", params)
     said = refusal(other, "pull", "compress@0.5", "train@0.5", "--remote", str(tmp_path / "remote"))
-    assert "does not have train@0.5 for" in said and "4 other stages were pulled" in said
+    assert "does not have train@0.5 for" in said and "6 other stages were pulled" in said
     assert (other / "artifacts/emulators/0.5/model.safetensors").exists()
     assert not (other / "artifacts/adapters").exists()
 

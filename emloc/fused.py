@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from emloc.lowrank import LowRankLinear
+from emloc.memory import trim_freed_memory
 
 _MULTIPLE = 8
 
@@ -40,6 +41,7 @@ def fused_lora(model: nn.Module) -> Iterator[int]:
         model: a model with peft's LoRA, where it will be trained; parameters stay what they are.
     """
     fused = [_Fused(cast(LoraLinear, layer)) for layer in model.modules() if _fits(layer)]
+    trim_freed_memory()
     try:
         yield len(fused)
     finally:

@@ -52,6 +52,16 @@ def give_back_freed_memory() -> None:
         mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
 
 
+def trim_freed_memory() -> None:
+    """Give what was freed so far back to the system, where the C library is glibc.
+
+    Tensors that were replaced one by one leave gaps which it would keep otherwise.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
+
+
 def free_math_buffers() -> None:
     """Free the buffers that MKL, if torch computes with it, keeps for every thread that used it."""
     free = _mkl_free()

@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -41,7 +41,8 @@ from emloc.shards import Piece, write_shards
 from emloc.teach import Targets
 from emloc.trainer import StepWatch
 
-HELD_OUT = 8  # one row in so many measures what healing does and is not trained on
+T = TypeVar("T")
+_HELD_OUT = 8  # one row in so many measures what healing does and is not trained on
 
 
 def heal(
@@ -82,8 +83,7 @@ def heal(
     emulator = Path(emulator)
     model = load_model(emulator, dtype=pick_dtype(settings.precision), device=device)
     rows = with_targets(model.config, examples, targets)
-    held = rows[::HELD_OUT] if len(rows) >= HELD_OUT else rows
-    taught = [row for place, row in enumerate(rows) if place % HELD_OUT] or rows
+    taught, held = hold_out(rows)
     collated = partial(collate, codec, targets)
     measure = partial(mean_divergence, rows=held, collate=collated, size=settings.batch_size)
     before = measure(model)
@@ -99,6 +99,12 @@ def heal(
         "divergence_before": before,
         "divergence_after": after,
     }
+
+
+def hold_out(rows: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
+    """The rows to train on, and one in eight held out of them; of fewer, all are measured."""
+    taught = [row for place, row in enumerate(rows) if place % _HELD_OUT]
+    return taught or rows, rows[::_HELD_OUT] if len(rows) >= _HELD_OUT else rows
 
 
 def split_off(

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from emloc.families import Codec, calibration_batches
+from emloc.families import Codec
 from emloc.files import read_json, write_json, writing
 from emloc.streaming import Stream
 from emloc.weights import OpenedModel
@@ -96,7 +96,7 @@ def teach(
         folder.mkdir()
         for number, start in enumerate(tqdm(starts, desc="teach", disable=not progress)):
             found = _wave(stream, rows[start : start + wave], codec, top_k, batch_size)
-            save_file(found, folder / _file(number))
+            save_file(found, wave_file(folder, number))
         write_json(folder / _INDEX, index)
     return index
 
@@ -105,11 +105,11 @@ def _wave(
     stream: Stream, rows: Sequence[Mapping[str, Any]], codec: Codec, top_k: int, batch_size: int
 ) -> dict[str, Tensor]:
     """The targets of some rows: `ids` (n, m) int32, `logprobs` (n, m) float32."""
-    batches = calibration_batches(codec, rows, batch_size)
-    masks = []
+    batches, masks = [], []
     for start in range(0, len(rows), batch_size):
-        labels = codec.collate(rows[start : start + batch_size], side="right")["labels"]
-        masks.append(labels[:, 1:] != -100)
+        batch = codec.collate(rows[start : start + batch_size], side="right")
+        masks.append(batch.pop("labels")[:, 1:] != -100)
+        batches.append({**batch, "use_cache": False})
     found: dict[int, tuple[Tensor, Tensor]] = {}
 
     def keep(place: int, output: Any) -> None:
@@ -122,8 +122,14 @@ def _wave(
     return {"ids": torch.cat(ids), "logprobs": torch.cat(logprobs)}
 
 
-def _file(number: int) -> str:
-    return f"{number:05}.safetensors"
+def wave_file(folder: Path, number: int) -> Path:
+    """What a wave of rows gave, as safetensors."""
+    return folder / f"{number:05}.safetensors"
+
+
+def open_waves(folder: Path, rows: int, wave: int) -> list[Any]:
+    """The files of all waves, mapped into memory."""
+    return [safe_open(wave_file(folder, number), "pt") for number in range(-(-rows // wave))]
 
 
 class Targets:
@@ -154,8 +160,7 @@ class Targets:
 
     @cached_property
     def _files(self) -> list[Any]:
-        waves = -(-len(self.counts) // self._wave)
-        return [safe_open(self.folder / _file(number), "pt") for number in range(waves)]
+        return open_waves(self.folder, len(self.counts), self._wave)
 
 
 def divergence(logits: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:

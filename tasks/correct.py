@@ -43,7 +43,7 @@ class Candidate:
 def run(params: Params, ratio: float) -> None:
     """Write the corrected adapter beside the raw one; of several candidates, the one with which the
     original has the least loss on the validation rows."""
-    folder, raw = layout.results(ratio), layout.adapter(ratio, "raw")
+    folder = layout.results(ratio)
     candidates = candidates_of(params.correct)
     losses: dict[str, float] = {}
     chosen = candidates[0]
@@ -55,8 +55,7 @@ def run(params: Params, ratio: float) -> None:
         layers = _correct(params, ratio, places, device)
         if len(candidates) > 1:
             for one in candidates:
-                adapter = raw if one.method == "none" else places[one]
-                losses[one.name] = validation_loss(params, adapter, one.name, device)
+                losses[one.name] = validation_loss(params, places[one], one.name, device)
             chosen = min(candidates, key=lambda one: losses[one.name])  # of equals the first
         with writing(layout.adapter(ratio, "corrected")) as out:
             shutil.copytree(places[chosen], out)

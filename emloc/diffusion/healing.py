@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -32,12 +31,13 @@ from emloc.families.diffusion import DiffusionFamily
 from emloc.families.noising import Batch
 from emloc.files import read_json, write_json, writing
 from emloc.fused import fused_lora
-from emloc.heal import HELD_OUT, fold, split_off, write_healed
+from emloc.heal import fold, hold_out, split_off, write_healed
 from emloc.models import evaluating, load_model
 from emloc.optimize import history, training_arguments
 from emloc.resume import agreed_checkpoint, remove_checkpoints
 from emloc.settings import HealSettings, LoraSettings, NoiseSettings
 from emloc.streaming import Stream
+from emloc.teach import open_waves, wave_file
 from emloc.trainer import StepWatch
 from emloc.weights import OpenedModel
 
@@ -90,7 +90,7 @@ def teach_denoiser(
             chosen = batches[start : start + size]
             stream.run([send_to_device(batch, stream.device) for batch in chosen], on_output=keep)
             tensors = [found[place] for place in range(len(chosen))]
-            save_file({_KEY: torch.cat(tensors)}, folder / f"{number:05}.safetensors")
+            save_file({_KEY: torch.cat(tensors)}, wave_file(folder, number))
         write_json(folder / _INDEX, {"samples": samples, "wave": size * batch_size})
 
 
@@ -117,8 +117,7 @@ class Predictions:
 
     @cached_property
     def _slices(self) -> list[Any]:
-        waves = -(-self.samples // self._wave)
-        files = [safe_open(self.folder / f"{n:05}.safetensors", "pt") for n in range(waves)]
+        files = open_waves(self.folder, self.samples, self._wave)
         return [file.get_slice(_KEY) for file in files]
 
 
@@ -152,9 +151,7 @@ def heal_denoiser(
         ValueError: the loss became NaN or infinite. `out` is not written then.
     """
     model: Any = load_model(emulator, dtype=pick_dtype(settings.precision), device=device)
-    pairs = range(predictions.samples)
-    held = list(pairs[::HELD_OUT] if len(pairs) >= HELD_OUT else pairs)
-    taught = [place for place in pairs if place % HELD_OUT] or list(pairs)
+    taught, held = hold_out(range(predictions.samples))
     batch_of = partial(_batch, family, encoded, predictions, noise, model.dtype)
     measure = partial(_error, batch_of=batch_of, places=held, size=settings.batch_size)
     before = measure(model)

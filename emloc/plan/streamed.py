@@ -67,8 +67,7 @@ def calibrate_peak(
         device: where units are computed. On a CPU the next unit is read meanwhile.
     """
     units = find_units(model)
-    sizes = [bytes_of(unit) if _is_leaf(name, units) else 0 for name, unit in units.items()]
-    ahead = [*sizes[1:], 0] if device.type == "cpu" else [0] * len(sizes)
+    sizes, ahead = _sizes(units, device)
     chosen = set(targets)
     inside = {
         name: [t for t in chosen if t == name or t.startswith(f"{name}.")]
@@ -106,8 +105,7 @@ def teach_peak(model: Any, work: Work, *, batches: int, device: torch.device) ->
         device: where units are computed. On a CPU the next unit is read meanwhile.
     """
     units = find_units(model)
-    sizes = [bytes_of(unit) if _is_leaf(name, units) else 0 for name, unit in units.items()]
-    ahead = [*sizes[1:], 0] if device.type == "cpu" else [0] * len(sizes)
+    sizes, ahead = _sizes(units, device)
     weights = max(size + next_one for size, next_one in zip(sizes, ahead, strict=True))
     copies = 2 * model.dtype.itemsize + torch.float32.itemsize  # all, those taught, their softmax
     if model.dtype != torch.float32:
@@ -119,6 +117,12 @@ def teach_peak(model: Any, work: Work, *, batches: int, device: torch.device) ->
     inside = Peak(weights, 0, batches * waiting + transient)
     at_the_end = Peak(sizes[-1], 0, batches * waiting, logits)
     return max(inside, at_the_end, key=lambda peak: peak.total)
+
+
+def _sizes(units: Mapping[str, nn.Module], device: torch.device) -> tuple[list[int], list[int]]:
+    """Bytes of each unit, and of what is read ahead while it is there."""
+    sizes = [bytes_of(unit) if _is_leaf(name, units) else 0 for name, unit in units.items()]
+    return sizes, [*sizes[1:], 0] if device.type == "cpu" else [0] * len(sizes)
 
 
 def _is_leaf(name: str, units: Mapping[str, nn.Module]) -> bool:

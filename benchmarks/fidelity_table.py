@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.colors import TABLEAU_COLORS
 from numpy.typing import NDArray
 
 from benchmarks.common import markdown
@@ -37,6 +38,7 @@ HEADER = (
     "loss − paper's",
     "loss − direct's",
 )
+COLORS = (*TABLEAU_COLORS, "black")  # one for each method that is drawn
 Array = NDArray[np.float64]
 
 
@@ -205,7 +207,8 @@ def _lines(
 ) -> None:
     """The lines of one pair of axes, and direct LoRA at 1."""
     axis.axhline(1, color="#222222", lw=1)
-    for place, method in enumerate(name for name in METHODS if name not in REFERENCES):
+    drawn = [name for name in METHODS if name not in REFERENCES]
+    for method, color in zip(drawn, COLORS, strict=True):
         gains = {
             ratio: _gain(own, found, measure)
             for (name, ratio), own in found.items()
@@ -214,4 +217,4 @@ def _lines(
         points = sorted((ratio, gain) for ratio, gain in gains.items() if gain is not None)
         if points:
             style = "s--" if method in PEERS else "o-"
-            axis.plot(*zip(*points, strict=True), style, color=f"C{place}", label=method)
+            axis.plot(*zip(*points, strict=True), style, color=color, label=method)

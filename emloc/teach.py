@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from emloc.families import Codec
+from emloc.families import Codec, labelled_batches
 from emloc.files import read_json, write_json, writing
 from emloc.streaming import Stream
 from emloc.weights import OpenedModel
@@ -105,11 +105,8 @@ def _wave(
     stream: Stream, rows: Sequence[Mapping[str, Any]], codec: Codec, top_k: int, batch_size: int
 ) -> dict[str, Tensor]:
     """The targets of some rows: `ids` (n, m) int32, `logprobs` (n, m) float32."""
-    batches, masks = [], []
-    for start in range(0, len(rows), batch_size):
-        batch = codec.collate(rows[start : start + batch_size], side="right")
-        masks.append(batch.pop("labels")[:, 1:] != -100)
-        batches.append({**batch, "use_cache": False})
+    batches = labelled_batches(codec, rows, batch_size)
+    masks = [labels[:, 1:] != -100 for _, labels in batches]
     found: dict[int, tuple[Tensor, Tensor]] = {}
 
     def keep(place: int, output: Any) -> None:
@@ -117,7 +114,7 @@ def _wave(
         logprobs, ids = logits.float().log_softmax(-1).topk(top_k)
         found[place] = ids.int().cpu(), logprobs.cpu()
 
-    stream.run([send_to_device(batch, stream.device) for batch in batches], on_output=keep)
+    stream.run([send_to_device(batch, stream.device) for batch, _ in batches], on_output=keep)
     ids, logprobs = zip(*(found[place] for place in range(len(batches))), strict=True)
     return {"ids": torch.cat(ids), "logprobs": torch.cat(logprobs)}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +57,14 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
-def heal_tiny(made: Path, out: Path, steps: int) -> dict[str, Any]:
+def heal_tiny(
+    made: Path, out: Path, steps: int, kind: type[Predictions] = Predictions
+) -> dict[str, Any]:
     return heal_denoiser(
         made / "emulator",
         load_family(made / made.name),
         drawn_encoded(made.name),
-        Predictions(made / "taught"),
+        kind(made / "taught"),
         settings=HealSettings(steps=steps, rank=3, batch_size=4, learning_rate=3e-3),
         noise=NoiseSettings(),
         out=out / "healed",
@@ -94,6 +98,22 @@ def test_healing_brings_pairs_that_it_never_saw_nearer(made: Path, tmp_path: Pat
     )
     assert ranks_of(cut_one) == ranks_of(healed)
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_pairs_held_out_are_measured_twice_and_all_others_taught(
+    made: Path, tmp_path: Path
+) -> None:
+    asked: Counter[int] = Counter()
+
+    class Counting(Predictions):
+        def rows(self, places: Sequence[int]) -> torch.Tensor:
+            asked.update(places)
+            return super().rows(places)
+
+    heal_tiny(made, tmp_path, steps=15, kind=Counting)  # 60 places for the 17 that are taught
+    held = range(0, PAIRS, 8)
+    assert [asked[place] for place in held] == [2] * len(held)
+    assert all(asked[place] >= 3 for place in range(PAIRS) if place not in held)
 
 
 def test_the_same_inputs_heal_to_the_same_bytes(made: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from emloc.calibrate import calibrate
 from emloc.emulator import cut, plan_ranks
 from emloc.factor_files import FactorFiles
 from emloc.families.text import TextCodec
-from emloc.heal import fold, heal, split_off
+from emloc.heal import fold, heal, hold_out, split_off
 from emloc.lowrank import ranks_of
 from emloc.models import load_model, open_model
 from emloc.settings import HealSettings
@@ -133,6 +133,19 @@ def test_healed_factors_are_the_emulator_with_its_lora(made: Path, tmp_path: Pat
         wanted, logits(load_model(made / "emulator", dtype=FLOAT, device="cpu"))
     )
     assert ranks_of(healed) == ranks_of(load_model(made / "emulator", dtype=FLOAT, device="cpu"))
+
+
+@pytest.mark.parametrize("count", [8, 9, 64])
+def test_rows_held_out_are_not_taught(count: int) -> None:
+    taught, held = hold_out(range(count))
+    assert held and len(held) == -(-count // 8)
+    assert sorted([*taught, *held]) == list(range(count))
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_a_few_rows_are_all_measured(count: int) -> None:
+    taught, held = hold_out(range(count))
+    assert list(held) == list(range(count)) and taught
 
 
 def test_healing_brings_rows_that_it_never_saw_nearer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ from emloc.models import open_model
 from emloc.optimize import training_arguments
 from emloc.plan.streamed import teach_peak
 from emloc.plan.subject import empty_model
-from emloc.plan.tracking import AllocationTracker
+from emloc.plan.tracking import AllocationTracker, bytes_of
 from emloc.plan.work import Rows, TaughtRows
 from emloc.settings import HealSettings
-from emloc.streaming import Stream
+from emloc.streaming import Stream, find_units
 from emloc.targets import BLOCKS, select
 from emloc.teach import teach
 from emloc.trainer import StepWatch
@@ -124,6 +125,14 @@ def test_teaching_takes_what_was_planned(tmp_path: Path, monkeypatch: pytest.Mon
             out=tmp_path / "taught",
         )
     assert 0.98 * tracker.peak_bytes < planned.total < 1.3 * tracker.peak_bytes
+
+
+def test_a_cpu_holds_a_unit_and_the_one_that_is_read_ahead() -> None:
+    model = empty_model(config(), torch.float32)
+    planned = teach_peak(model, Rows(1, 2), batches=1, device=CPU)
+    units = find_units(empty_model(config(), torch.float32))
+    sizes = [bytes_of(unit) for name, unit in units.items() if name]
+    assert planned.weights == max(a + b for a, b in pairwise(sizes))
 
 
 def test_targets_of_all_linears_are_those_that_are_cut() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from emloc.families import calibration_batches, labelled_batches
 from emloc.families.text import (
     TextCodec,
     load_tokenizer,
@@ -242,3 +243,18 @@ def test_folder_without_tokenizer_raises(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="cannot be read"):
         load_tokenizer(tmp_path)
+
+
+def test_batches_are_arguments_of_a_forward_that_keeps_no_cache() -> None:
+    examples = [{"input_ids": [5] * n, "labels": [-100, *[5] * (n - 1)]} for n in (2, 4, 3)]
+    codec = TextCodec(tiny_tokenizer())
+    pairs = labelled_batches(codec, examples, 2)
+    assert [labels.tolist() for _, labels in pairs] == [
+        [[-100, 5, -100, -100], [-100, 5, 5, 5]],
+        [[-100, 5, 5]],
+    ]
+    for (batch, labels), plain in zip(pairs, calibration_batches(codec, examples, 2), strict=True):
+        assert "labels" not in batch and batch["use_cache"] is False
+        assert batch["input_ids"].shape == batch["attention_mask"].shape == labels.shape
+        assert batch.keys() == plain.keys()
+        assert torch.equal(batch["input_ids"], plain["input_ids"])

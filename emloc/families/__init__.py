@@ -2,6 +2,7 @@
 
 - `load_codec`: the codec of a checkpoint, by its config
 - `calibration_batches`: examples as arguments of a model's forward
+- `labelled_batches`: the same, with their labels
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from emloc.families.text import TextCodec, load_tokenizer
 from emloc.families.vision import VisionCodec, load_processor
@@ -48,14 +51,22 @@ def load_codec(
 def calibration_batches(
     codec: Codec, examples: Sequence[Mapping[str, Any]], batch_size: int
 ) -> list[dict[str, Any]]:
-    """Keyword arguments of a model's forward for consecutive groups of examples, without a cache.
+    """What `labelled_batches` gives, without the labels."""
+    return [batch for batch, _ in labelled_batches(codec, examples, batch_size)]
 
-    Each has `input_ids` and `attention_mask` (B, T) int64, and what else the codec's `collate`
-    gives but the labels.
+
+def labelled_batches(
+    codec: Codec, examples: Sequence[Mapping[str, Any]], batch_size: int
+) -> list[tuple[dict[str, Any], Tensor]]:
+    """Keyword arguments of a model's forward for consecutive groups of examples, without a cache,
+    and the labels (B, T) int64 of each group.
+
+    The arguments are `input_ids` and `attention_mask` (B, T) int64, and what else the codec's
+    `collate` gives.
     """
     batches = []
     for start in range(0, len(examples), batch_size):
         batch = codec.collate(examples[start : start + batch_size], side="right")
-        del batch["labels"]
-        batches.append({**batch, "use_cache": False})
+        labels = batch.pop("labels")
+        batches.append(({**batch, "use_cache": False}, labels))
     return batches

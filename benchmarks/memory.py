@@ -37,7 +37,8 @@ from emloc.correct import correct_adapter
 from emloc.devices import pick_device, pick_dtype
 from emloc.finetune import finetune
 from emloc.memory import anonymous_bytes, give_back_freed_memory, measure
-from emloc.plan.options import Calibration, Planner
+from emloc.plan.jobs import Calibration
+from emloc.plan.options import Planner
 from emloc.plan.work import Rows
 from emloc.settings import LoraSettings, TrainSettings
 from emloc.sizes import GIB, parse_size

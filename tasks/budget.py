@@ -10,7 +10,8 @@ import torch
 from emloc.devices import free_bytes, pick_device, pick_dtype
 from emloc.diffusion.encoding import Encoded
 from emloc.families.diffusion import load_family
-from emloc.plan.options import Calibration, Planner, runtime_bytes_on
+from emloc.plan.jobs import Calibration, Healing, Teaching
+from emloc.plan.options import Planner, runtime_bytes_on
 from emloc.plan.peak import Peak
 from emloc.plan.subject import Subject, load_subject
 from emloc.plan.work import Noised, Rows, TaughtRows, empty_pictures, rows_of
@@ -49,7 +50,12 @@ def planner_of(params: Params, *, progress: bool = False) -> Planner:
         answered: Rows | None = _row("test", subject, params).times(params.evaluate.batch_size)
     else:
         row, answered = _picture(subject, params), None
-    calibration = params.calibrate
+    calibration, teach, heal = params.calibrate, params.teach, params.heal
+    some, taught = row.times(teach.batch_size), row.times(heal.batch_size)
+    if isinstance(taught, Rows):
+        taught = TaughtRows(
+            taught.batch_size, taught.tokens, None, taught.pictures, params.teach.top_k
+        )
     budget = params.memory.budget_bytes
     return Planner(
         subject=subject,
@@ -62,6 +68,8 @@ def planner_of(params: Params, *, progress: bool = False) -> Planner:
             -(-calibration.samples // calibration.batch_size),
             calibration.max_ratio,
         ),
+        teaching=Teaching(some, -(-teach.wave // teach.batch_size)) if teach.rows else None,
+        healing=Healing(taught, heal) if heal.steps else None,
         prompts=answered,
         new_tokens=params.evaluate.max_new_tokens,
         device=device,
@@ -74,27 +82,19 @@ def planner_of(params: Params, *, progress: bool = False) -> Planner:
 def planned(params: Params, stage: str, ratio: float | None) -> tuple[Planner, Peak] | None:
     """The peak that a stage is planned to have; None for one that has no plan."""
     planner = planner_of(params)
-    if stage == "teach":
-        some = planner.work.times(params.teach.batch_size)
-        return planner, planner.teach(some, batches=-(-params.teach.wave // some.batch_size))
-    if stage == "heal" and ratio is not None:
-        work = planner.work.times(params.heal.batch_size)
-        if isinstance(work, Rows):
-            work = TaughtRows(work.batch_size, work.tokens, None, work.pictures, params.teach.top_k)
-        return planner, planner.heal(ratio, work, params.heal)
-    if stage == "train" and ratio is not None:
-        return planner, planner.train(ratio)
     if stage == "correct" and ratio is not None:
         peaks = [planner.correct(ratio)]
         if params.correct.method in ("weighted", "auto"):
             peaks.append(planner.calibrate)  # streams those rows once more, for smaller sums
         return planner, max(peaks, key=lambda peak: peak.total)
-    if stage in ("baseline", "evaluate"):
+    peak: Peak | None = None
+    if stage in OFFLOADED:
         peak = planner.generate
-        return None if peak is None else (planner, peak)
-    if stage in ("calibrate", "direct"):
-        return planner, getattr(planner, stage)
-    return None
+    elif stage in ("heal", "train") and ratio is not None:
+        peak = getattr(planner, stage)(ratio)
+    elif stage in ("calibrate", "teach", "direct"):
+        peak = getattr(planner, stage)
+    return None if peak is None else (planner, peak)
 
 
 def check(params: Params, stage: str, ratio: float | None) -> int | None:

@@ -182,6 +182,18 @@ def test_healing_is_the_same_each_time_and_in_chunks(
         torch.testing.assert_close(parts[key], tensor, atol=1e-4, rtol=1e-3)
 
 
+def test_fewer_rows_at_once_heal_the_same(made: Path, codec: TextCodec, tmp_path: Path) -> None:
+    """The rows have lengths of their own, so that a mean of means would be another."""
+    for name, rows in (("whole", 8), ("parts", 2)):
+        options = {"steps": 3, "batch_size": rows, "accumulation": 8 // rows}
+        heal_tiny(made, codec, tmp_path / name, **options)
+    whole, parts = (
+        load_file(tmp_path / n / "healed" / "model.safetensors") for n in ("whole", "parts")
+    )
+    for key, tensor in whole.items():
+        torch.testing.assert_close(parts[key], tensor, atol=1e-4, rtol=1e-3)
+
+
 def test_bad_input_is_refused_and_leaves_nothing(
     made: Path, codec: TextCodec, tmp_path: Path
 ) -> None:

@@ -22,8 +22,9 @@ from emloc.generate import generate_answers
 from emloc.lowrank import LowRankLinear, replace_linears
 from emloc.models import open_model
 from emloc.nf4 import bytes_spared
+from emloc.plan.jobs import Calibration
 from emloc.plan.loaded import generate_peak, train_step
-from emloc.plan.options import Calibration, Planner
+from emloc.plan.options import Planner
 from emloc.plan.streamed import calibrate_peak, correct_peak
 from emloc.plan.subject import Subject, empty_model, load_subject
 from emloc.plan.tracking import AllocationTracker, bytes_of, without_data

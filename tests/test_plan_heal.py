@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from emloc.loss import LossInChunks
 from emloc.lowrank import LowRankLinear, replace_linears
 from emloc.models import open_model
 from emloc.optimize import training_arguments
+from emloc.plan.jobs import Healing, Teaching
 from emloc.plan.streamed import teach_peak
 from emloc.plan.subject import empty_model
+from emloc.plan.table import plan_text
 from emloc.plan.tracking import AllocationTracker, bytes_of
 from emloc.plan.work import Rows, TaughtRows
 from emloc.settings import HealSettings
@@ -43,8 +46,9 @@ def test_healing_takes_what_was_planned(
 ) -> None:
     monkeypatch.setattr(distill, "CHUNK", chunk)
     settings = HealSettings(steps=3, batch_size=ROWS, rank=8)
-    plan = planner()
-    planned = plan.heal(RATIO, TaughtRows(ROWS, TOKENS, top_k=TOP_K), settings)
+    plan = planner(healing=Healing(TaughtRows(ROWS, TOKENS, top_k=TOP_K), settings))
+    planned = plan.heal(RATIO)
+    assert planned is not None
     ranks = plan.subject.ranks(RATIO, empty_model(config(), torch.float32))
     batch = taught_batch()
     with AllocationTracker() as tracker:
@@ -85,11 +89,39 @@ def taught_batch() -> dict[str, torch.Tensor]:
 
 
 def test_chunks_of_logits_take_less() -> None:
-    rows = TaughtRows(ROWS, TOKENS, top_k=TOP_K)
-    whole = planner().heal(RATIO, rows, HealSettings())
+    plan = planner(healing=Healing(TaughtRows(ROWS, TOKENS, top_k=TOP_K), HealSettings()))
+    whole = plan.heal(RATIO)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distill, "CHUNK", 40 * VOCABULARY)
-        assert planner().heal(RATIO, rows, HealSettings()).total < whole.total
+        chunked = plan.heal(RATIO)
+    assert whole is not None and chunked is not None and chunked.total < whole.total
+
+
+def test_the_largest_ratio_is_one_that_can_be_healed() -> None:
+    """Healing takes more than training here, so that it decides."""
+    rows = TaughtRows(4 * ROWS, TOKENS, top_k=TOP_K)
+    plan = planner(healing=Healing(rows, HealSettings()))
+    low, high = plan.heal(0.2), plan.heal(0.7)
+    assert low is not None and high is not None and low.total > plan.train(0.9).total
+    plan = replace(plan, budget_bytes=plan.runtime_bytes + (low.total + high.total) // 2)
+    ratio = plan.largest_ratio()
+    fitting, next_one = plan.heal(ratio), plan.heal(round(ratio + 0.05, 2))
+    assert fitting is not None and fitting.total + plan.runtime_bytes <= plan.budget_bytes
+    assert next_one is not None and next_one.total + plan.runtime_bytes > plan.budget_bytes
+    with pytest.raises(ValueError, match=r"lower train\.batch_size and heal\.batch_size"):
+        replace(plan, budget_bytes=plan.runtime_bytes + low.total // 2).largest_ratio()
+
+
+def test_the_table_shows_teaching_and_healing_where_they_are_done() -> None:
+    taught = TaughtRows(ROWS, TOKENS, top_k=TOP_K)
+    plan = planner(
+        teaching=Teaching(Rows(2, TOKENS), 4), healing=Healing(taught, HealSettings(rank=2))
+    )
+    shown = plan_text(plan, [RATIO], "cpu")
+    assert "| teach " in shown and "| heal " in shown
+    assert "The largest ratio whose healing and training fit is 0.9." in shown
+    without = plan_text(planner(), [RATIO], "cpu")
+    assert "| teach " not in without and "| heal " not in without
 
 
 def test_teaching_takes_what_was_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

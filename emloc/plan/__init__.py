@@ -6,7 +6,8 @@ have shapes and no data (torch's fake tensors), while every allocation is counte
 - `tracking`: counts what tensors take, of real tensors as well
 - `subject`: a model of a config, or the emulator that a ratio makes of it, without weights
 - `work`: a batch without data
-- `loaded`, `streamed`: the peaks of train and generate, and of calibrate and correct
+- `jobs`: what calibrate, teach and heal are to do
+- `loaded`, `streamed`: the peaks of train, heal and generate, and of calibrate, teach and correct
 - `options`: ratios side by side; the largest ratio, batch and length that fit
 - `table`, `command`: the same as text
 """

@@ -12,7 +12,8 @@ from emloc.data import FORMATS, read_data
 from emloc.devices import free_bytes, pick_device, pick_dtype
 from emloc.families import load_codec
 from emloc.families.diffusion import load_family
-from emloc.plan.options import Calibration, Planner, runtime_bytes_on
+from emloc.plan.jobs import Calibration
+from emloc.plan.options import Planner, runtime_bytes_on
 from emloc.plan.subject import Subject, load_subject
 from emloc.plan.table import RATIOS, plan_text
 from emloc.plan.work import Noised, Rows, empty_pictures, rows_of

@@ -7,6 +7,7 @@ what is computed is linear in ratio and batch, near enough.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,32 +19,18 @@ from tqdm import tqdm
 from emloc.devices import pick_dtype
 from emloc.factors import factors_bytes
 from emloc.memory import anonymous_bytes
+from emloc.plan.jobs import Calibration, Healing, Teaching
 from emloc.plan.loaded import Step, generate_peak, train_step
 from emloc.plan.peak import PARTS, Peak
 from emloc.plan.streamed import calibrate_peak, correct_peak, teach_peak
 from emloc.plan.subject import Subject
 from emloc.plan.tracking import bytes_of
 from emloc.plan.work import Rows, Work
-from emloc.settings import HealSettings, LoraSettings, TrainSettings
+from emloc.settings import LoraSettings, TrainSettings
 from emloc.sizes import GIB, show_gib
 
 _ACCELERATOR_RUNTIME = GIB * 3 // 4
 STEP = 0.01  # between the ratios that are tried
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What calibrate is to do.
-
-    Attributes:
-        work: the largest batch; None for the plain SVD.
-        batches: how many there are.
-        max_ratio: up to which layers are factorized.
-    """
-
-    work: Work | None
-    batches: int
-    max_ratio: float
 
 
 @dataclass(frozen=True)
@@ -78,6 +65,7 @@ class Planner:
         work: training's largest batch.
         lora, settings: of training.
         calibration: what calibrate is to do.
+        teaching, healing: what teach and heal are to do; None for nothing.
         prompts: the largest batch that is answered; None for a denoiser.
         new_tokens: of an answer, at most.
         device: where all this is run without data.
@@ -97,6 +85,8 @@ class Planner:
     device: torch.device
     budget_bytes: int
     runtime_bytes: int
+    teaching: Teaching | None = None
+    healing: Healing | None = None
     progress: bool = False
 
     @cached_property
@@ -135,14 +125,21 @@ class Planner:
         """The peak of training on the emulator of a ratio."""
         return self._step(self.subject.emulator(ratio, self._trained), self.work).peak
 
-    def teach(self, work: Work, *, batches: int) -> Peak:
+    @cached_property
+    def teach(self) -> Peak | None:
         """The peak of streaming a wave of batches through the original."""
+        if self.teaching is None:
+            return None
+        work, batches = self.teaching.work, self.teaching.batches
         model = self.subject.build(self.dtype)
         return teach_peak(model, work, batches=batches, device=self.device)
 
-    def heal(self, ratio: float, work: Work, settings: HealSettings) -> Peak:
-        """The peak of healing the emulator of a ratio, rows being `TaughtRows`; the directions that
-        are trained are counted twice."""
+    def heal(self, ratio: float) -> Peak | None:
+        """The peak of healing the emulator of a ratio; the directions that are trained are counted
+        twice."""
+        if self.healing is None:
+            return None
+        work, settings = self.healing.work, self.healing.settings
         model = self.subject.emulator(ratio, pick_dtype(settings.precision))
         targets = list(self.subject.ranks(ratio, model))
         lora = LoraSettings(r=settings.rank, alpha=settings.rank, target_modules=targets)
@@ -185,21 +182,36 @@ class Planner:
             yield self.option(ratio)
 
     def largest_ratio(self) -> float:
-        """The largest ratio, in steps of `STEP`, whose training fits, checked without data.
+        """The largest ratio, in steps of `STEP`, whose healing and training fit, checked without
+        data.
 
         Raises:
             ValueError: none does; the message says what the least would be.
         """
         ratios = [round(n * STEP, 2) for n in range(1, round(self._highest / STEP) + 1)]
-        for ratio in reversed(ratios):
-            if self._fits(self._near(ratio).peak) and self._fits(self.train(ratio)):
-                return ratio
-        least = self.runtime_bytes + self.train(ratios[0]).total
+        likely = [ratio for ratio in ratios if self._fits(self._near(ratio).peak)]
+        if likely and self._trains(likely[-1]):
+            return likely[-1]
+        fitting = bisect_left(likely, True, key=lambda ratio: not self._trains(ratio))
+        if fitting:
+            return likely[fitting - 1]
+        least = self.runtime_bytes + max(peak.total for peak in self._trainings(ratios[0]))
+        also = "" if self.healing is None else " and heal.batch_size"
         raise ValueError(
             f"no emulator can be trained in {show_gib(self.budget_bytes)}: at ratio {ratios[0]} it "
-            f"takes {show_gib(least)}. Allow more, or lower train.batch_size or the length of the "
-            "rows, or set train.gradient_checkpointing."
+            f"takes {show_gib(least)}. Allow more, or lower train.batch_size{also} or the length "
+            "of the rows, or set gradient_checkpointing."
         )
+
+    def _trainings(self, ratio: float) -> Iterator[Peak]:
+        """The peaks of what is trained at a ratio."""
+        yield self.train(ratio)
+        healed = self.heal(ratio)
+        if healed is not None:
+            yield healed
+
+    def _trains(self, ratio: float) -> bool:
+        return all(self._fits(peak) for peak in self._trainings(ratio))
 
     @property
     def _trained(self) -> torch.dtype:

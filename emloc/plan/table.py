@@ -26,13 +26,14 @@ def plan_text(planner: Planner, ratios: Sequence[float], place: str) -> str:
     original = bytes_of(planner.subject.build(planner.dtype))
     try:
         chosen: float | None = planner.largest_ratio()
-        answer = f"The largest ratio whose training fits is {chosen}."
+        both = "training fits" if planner.healing is None else "healing and training fit"
+        answer = f"The largest ratio whose {both} is {chosen}."
     except ValueError as error:
         chosen, answer = None, str(error)
     shown = ratios[len(ratios) // 2] if chosen is None else chosen
     parts = [
         _heading(planner, original, place),
-        f"Peaks in GiB, of training and correcting at ratio {shown}:",
+        f"Peaks in GiB, of what depends on the ratio at {shown}:",
         _stages(planner, shown),
         _options(planner, options),
         answer,
@@ -59,6 +60,8 @@ def _heading(planner: Planner, original: int, place: str) -> str:
 def _stages(planner: Planner, ratio: float) -> str:
     peaks: dict[str, Peak | None] = {
         "calibrate": planner.calibrate,
+        "teach": planner.teach,
+        "heal": planner.heal(ratio),
         "train": planner.option(ratio).train,
         "correct": planner.correct(ratio),
         "answer with the original": planner.generate,

@@ -41,7 +41,7 @@ LORA = LoraSettings(r=8, alpha=16)
 
 
 def train_settings(steps: int, seed: int) -> TrainSettings:
-    """Those of params.yaml but for the steps, for every training of the benchmark."""
+    """Those of params.yaml but for the steps, all rows of a step at once, for every training."""
     return TrainSettings(
         steps=steps, batch_size=16, learning_rate=1e-3, schedule="cosine", warmup=0.03, seed=seed
     )

@@ -45,8 +45,9 @@ def fused_lora(model: nn.Module) -> Iterator[int]:
     try:
         yield len(fused)
     finally:
-        for entry in fused:
-            entry.release()
+        while fused:  # a layer's buffers go before the next one's weights are copied
+            fused.pop().release()
+        trim_freed_memory()
 
 
 def _fits(module: nn.Module) -> bool:

@@ -6,7 +6,7 @@ goes back into the factors. So the emulator keeps its ranks and stays a plain em
 needs no more memory than that of an adapter.
 
 - `heal`: train and write the healed emulator
-- `split_off`, `fold`: a layer's last directions to a LoRA, and back
+- `split_off`, `fold`: the layers' last directions to a LoRA, and back
 
 Letters: o out features, i in features, k rank, s directions that are trained.
 """
@@ -82,6 +82,7 @@ def heal(
     """
     emulator = Path(emulator)
     model = load_model(emulator, dtype=pick_dtype(settings.precision), device=device)
+    model.requires_grad_(False)  # so that the logits can be computed chunk by chunk from the start
     rows = with_targets(model.config, examples, targets)
     taught, held = hold_out(rows)
     collated = partial(collate, codec, targets)
@@ -91,7 +92,7 @@ def heal(
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     curve = _train(adapted, taught, collated, settings, Path(checkpoints), progress)
     after = measure(adapted)
-    write_healed(emulator, fold(adapted), out, max_shard_size=max_shard_size)
+    write_healed(emulator, adapted, out, max_shard_size=max_shard_size)
     remove_checkpoints(Path(checkpoints))
     return {
         "history": curve,
@@ -149,25 +150,25 @@ def _attach(model: Any, lora: LoraSettings, *, seed: int) -> Any:
     return add_lora(model, lora, base_name=model.config.name_or_path, seed=seed)
 
 
-def fold(adapted: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """Layer name → `weight` (o×k) and `weight_in` (k×i) with the LoRA as their last directions."""
-    folded = {}
-    for name, layer in _loras(adapted).items():
-        base, scaling = cast(LowRankLinear, layer.base_layer), layer.scaling["default"]
-        a, b = (part["default"].weight.detach() for part in (layer.lora_A, layer.lora_B))
-        outer = torch.cat([base.weight.float(), scaling * b.float()], dim=1)
-        folded[name] = outer, torch.cat([base.weight_in.float(), a.float()])
-    return folded
+def fold(layer: LoraLayer) -> tuple[Tensor, Tensor]:
+    """A low-rank layer's `weight` (o×k) and `weight_in` (k×i), in float32, with its LoRA as their
+    last directions."""
+    base, scaling = cast(LowRankLinear, layer.base_layer), layer.scaling["default"]
+    parts = (layer.lora_A, layer.lora_B)
+    a, b = (cast(nn.Linear, part["default"]).weight.detach() for part in parts)
+    outer = torch.cat([base.weight.float(), scaling * b.float()], dim=1)
+    return outer, torch.cat([base.weight_in.float(), a.float()])
 
 
 def write_healed(
     emulator: Path | str,
-    factors: Mapping[str, tuple[Tensor, Tensor]],
+    adapted: nn.Module,
     out: Path | str,
     *,
     max_shard_size: int | str = "2GB",
 ) -> None:
-    """Copy an emulator with other factors of the same ranks, in the dtype of the old ones.
+    """Copy an emulator with the LoRA of `split_off` in its factors, which keep ranks and dtype;
+    layer by layer, as they are written.
 
     Raises:
         ValueError: the disk has no room for it.
@@ -175,11 +176,11 @@ def write_healed(
     emulator = Path(emulator)
     opened = open_model(emulator, dtype=torch.float32)
     pieces = stored_pieces(opened)
-    for name, pair in factors.items():
-        for suffix, tensor in zip(("weight", "weight_in"), pair, strict=True):
+    for name, layer in _loras(adapted).items():
+        for place, suffix in enumerate(("weight", "weight_in")):
             key = opened.store.locations[f"{name}.{suffix}"].key
             like = pieces[key].like
-            pieces[key] = Piece(like, partial(_stored_like, tensor, like.dtype))
+            pieces[key] = Piece(like, partial(_folded, layer, place, like.dtype))
     size = sum(piece.like.nbytes for piece in pieces.values())
     weights = DENOISER_WEIGHTS if is_denoiser(emulator) else WEIGHTS
     with writing(out, size=size) as folder:
@@ -190,8 +191,9 @@ def write_healed(
         shutil.copyfile(emulator / "config.json", folder / "config.json")
 
 
-def _stored_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to("cpu", dtype).contiguous()
+def _folded(layer: LoraLayer, place: int, dtype: torch.dtype) -> Tensor:
+    """The first or second of a layer's folded factors."""
+    return fold(layer)[place].to("cpu", dtype)
 
 
 def _loras(model: nn.Module) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from emloc.fused import fused_lora
 from emloc.lowrank import LowRankLinear, ranks_of
 from emloc.models import load_model
+from emloc.plan.tracking import AllocationTracker
 from tests.training import one_thread, save_emulator, train, weights
 
 __all__ = ["one_thread"]
@@ -111,6 +112,18 @@ def test_weights_are_the_layers_own_again(fails: bool) -> None:
     for factor in (base.weight, base.weight_in):
         assert factor.is_contiguous() and factor.untyped_storage().nbytes() == factor.nbytes
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+
+
+def test_no_second_copy_of_the_weights_is_there_afterwards() -> None:
+    """The buffers of a layer go before the next one's own weights come back."""
+    layers = nn.Sequential(*(LowRankLinear(64, 64, 32, bias=False) for _ in range(8)))
+    for parameter in layers.parameters():
+        nn.init.normal_(parameter)
+    model = get_peft_model(layers, LoraConfig(r=8, target_modules=r"\d"))  # type: ignore[arg-type]
+    with AllocationTracker() as tracker, fused_lora(model) as count:
+        buffers = tracker.live_bytes
+    assert count == 8 and buffers >= 8 * 2 * 64 * 40 * 4
+    assert tracker.peak_bytes <= buffers * 9 / 8
 
 
 def test_a_step_is_seen_by_the_next_forward() -> None:

@@ -12,12 +12,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from emloc import distill
-from emloc import heal as healing
 from emloc.calibrate import calibrate
 from emloc.emulator import cut, plan_ranks
 from emloc.factor_files import FactorFiles
 from emloc.families.text import TextCodec
-from emloc.heal import fold, heal, hold_out, split_off
+from emloc.heal import heal, hold_out, split_off, write_healed
 from emloc.lowrank import ranks_of
 from emloc.models import load_model, open_model
 from emloc.settings import HealSettings
@@ -126,7 +125,7 @@ def test_healed_factors_are_the_emulator_with_its_lora(made: Path, tmp_path: Pat
         if "lora_" in name:
             parameter.data += 0.1 * torch.randn_like(parameter)
     wanted = logits(adapted)
-    healing.write_healed(made / "emulator", fold(adapted), tmp_path / "healed")
+    write_healed(made / "emulator", adapted, tmp_path / "healed")
     healed = load_model(tmp_path / "healed", dtype=FLOAT, device="cpu")
     torch.testing.assert_close(logits(healed), wanted)
     assert not torch.allclose(

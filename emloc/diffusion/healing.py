@@ -31,7 +31,7 @@ from emloc.families.diffusion import DiffusionFamily
 from emloc.families.noising import Batch
 from emloc.files import read_json, write_json, writing
 from emloc.fused import fused_lora
-from emloc.heal import fold, hold_out, split_off, write_healed
+from emloc.heal import hold_out, split_off, write_healed
 from emloc.models import evaluating, load_model
 from emloc.optimize import history, training_arguments
 from emloc.resume import agreed_checkpoint, remove_checkpoints
@@ -160,7 +160,7 @@ def heal_denoiser(
     collator = _Collator(batch_of, taught)
     curve = _train(model, collator, settings, Path(checkpoints), family, noise, encoded, progress)
     after = measure(model)
-    write_healed(emulator, fold(model), out, max_shard_size=max_shard_size)
+    write_healed(emulator, model, out, max_shard_size=max_shard_size)
     remove_checkpoints(Path(checkpoints))
     return {
         "history": curve,

@@ -38,6 +38,9 @@ HEADER = (
     "loss − paper's",
     "loss − direct's",
 )
+MEANS = ("method", "ratio", "gain recovered by match", "gain recovered by loss")
+CORRECTED, UNCORRECTED = "ours", "heal+alloc"  # the same adapters with and without correction
+CORRECTIONS = ("task", "ratio", "match", "loss")
 COLORS = (*TABLEAU_COLORS, "black")  # one for each method that is drawn
 Array = NDArray[np.float64]
 
@@ -77,6 +80,7 @@ class Outcome:
 
 
 Measure = Callable[[Outcome, Any], Any]
+Found = Mapping[tuple[str, float | None], Outcome]  # (method, ratio) → what it gave
 
 
 def gain_recovered(value: float, zero: float, direct: float) -> float | None:
@@ -118,20 +122,25 @@ def outcomes(
 
 
 def table(grid: Grid, done: Mapping[Cell, Mapping[str, Any]]) -> str:
-    """The table of each task as Markdown, and what was not run."""
+    """The table of each task as Markdown, the mean over the tasks, what the chosen correction does,
+    and what was not run."""
     parts = []
-    for task in grid.tasks:
-        found = outcomes(done, task)
+    all_found = {task: outcomes(done, task) for task in grid.tasks}
+    for task, found in all_found.items():
         rows = [_row(method, ratio, found) for method, ratio in found]
         title = f"### {task}, {grid.split}: {grid.rows} rows, {grid.steps} steps"
         parts += [title, markdown(HEADER, rows) if rows else "Nothing was run."]
+    for title, header, rows in (
+        ("mean over tasks", MEANS, _means(all_found)),
+        (f"{CORRECTED} − {UNCORRECTED}", CORRECTIONS, _corrections(all_found)),
+    ):
+        if rows:
+            parts += [f"### {title}", markdown(header, rows)]
     lines = [*_missing_lines(missing(grid, done)), *(f"{k}: {why}" for k, why in NOT_RUN.items())]
     return "\n\n".join([*parts, "Not run:", "\n".join(f"- {line}" for line in lines)])
 
 
-def _row(
-    method: str, ratio: float | None, found: Mapping[tuple[str, float | None], Outcome]
-) -> list[str]:
+def _row(method: str, ratio: float | None, found: Found) -> list[str]:
     """One line of the table."""
     own = found[method, ratio]
     others = [found.get(("paper", ratio)), found.get(("direct", None))]
@@ -143,9 +152,40 @@ def _row(
     return row
 
 
-def _gain(
-    own: Outcome, found: Mapping[tuple[str, float | None], Outcome], measure: Callable[..., Any]
-) -> float | None:
+def _means(all_found: Mapping[str, Found]) -> list[list[str]]:
+    """Gain recovered of each method that ran on every one of several tasks, the tasks alike."""
+    if len(all_found) < 2:
+        return []
+    first, *others = all_found.values()
+    rows = []
+    for method, ratio in first:
+        if ratio is None or any((method, ratio) not in found for found in others):
+            continue
+        row = [method, f"{ratio}"]
+        for measure in (Outcome.match, Outcome.loss):
+            gains = [_gain(found[method, ratio], found, measure) for found in all_found.values()]
+            known = [gain for gain in gains if gain is not None]
+            row.append(_percent(float(np.mean(known)) if len(known) == len(gains) else None))
+        rows.append(row)
+    return rows
+
+
+def _corrections(all_found: Mapping[str, Found]) -> list[list[str]]:
+    """How the chosen correction differs from none, on the same emulator and adapter."""
+    return [
+        [
+            task,
+            f"{ratio}",
+            _difference(own, found[UNCORRECTED, ratio], Outcome.match, 100, ".1f"),
+            _difference(own, found[UNCORRECTED, ratio], Outcome.loss, 1, ".3f"),
+        ]
+        for task, found in all_found.items()
+        for (method, ratio), own in found.items()
+        if method == CORRECTED and (UNCORRECTED, ratio) in found
+    ]
+
+
+def _gain(own: Outcome, found: Found, measure: Callable[..., Any]) -> float | None:
     """Gain recovered, where both references are there."""
     zero, direct = found.get(("zero", None)), found.get(("direct", None))
     if zero is None or direct is None:
@@ -202,9 +242,7 @@ def picture(grid: Grid, done: Mapping[Cell, Mapping[str, Any]], file: Path) -> N
         plt.close(figure)
 
 
-def _lines(
-    axis: Any, found: Mapping[tuple[str, float | None], Outcome], measure: Callable[..., Any]
-) -> None:
+def _lines(axis: Any, found: Found, measure: Callable[..., Any]) -> None:
     """The lines of one pair of axes, and direct LoRA at 1."""
     axis.axhline(1, color="#222222", lw=1)
     drawn = [name for name in METHODS if name not in REFERENCES]

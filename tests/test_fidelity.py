@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -284,6 +284,32 @@ def test_cells_are_run_once_and_the_table_lists_what_is_missing(tmp_path: Path) 
     assert run(GRID, prepare, cells) == [gone]
     picture(GRID, found_cells(cells, GRID), tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_means_and_corrections_are_over_what_all_tasks_have() -> None:
+    grid = replace(GRID, tasks=["codespell", "cities"], ratios=[0.5], methods=[])
+
+    def content(correct: Sequence[int]) -> dict[str, Any]:
+        losses = [2.0 - entry for entry in correct]
+        return {"correct": list(correct), "losses": losses, "tokens": [1] * 4, "kept": 0.5}
+
+    done = {}
+    for task, ours in (("codespell", [1, 1, 0, 0]), ("cities", [1, 1, 1, 1])):
+        for method, correct in (("zero", [0] * 4), ("direct", [1] * 4)):
+            done[Cell(task, method, None, 0, "test")] = content(correct)
+        done[Cell(task, "heal+alloc", 0.5, 0, "test")] = content([1, 1, 0, 0])
+        done[Cell(task, "ours", 0.5, 0, "test")] = content(ours)
+    done[Cell("cities", "loram", 0.5, 0, "test")] = content([1, 0, 0, 0])  # and not of codespell
+    lines = [[part.strip() for part in line.split("|")] for line in table(grid, done).splitlines()]
+    assert ["", "ours", "0.5", "75.0%", "75.0%", ""] in lines
+    assert ["", "heal+alloc", "0.5", "50.0%", "50.0%", ""] in lines
+    assert not any(line[1:3] == ["loram", "0.5"] and len(line) == 6 for line in lines)
+    none, half = ("+0.0 [+0.0, +0.0]", "+0.000 [+0.000, +0.000]"), ("+50.0", "-0.500")
+    assert ["", "codespell", "0.5", *none, ""] in lines
+    (cities,) = (line for line in lines if line[1:3] == ["cities", "0.5"])
+    assert all(cell.startswith(shown) for cell, shown in zip(cities[3:5], half, strict=True))
+    alone = table(replace(grid, tasks=["cities"]), done)
+    assert "mean over tasks" not in alone and "### ours − heal+alloc" in alone
 
 
 def test_cells_with_other_settings_do_not_count(tmp_path: Path) -> None:

@@ -150,14 +150,16 @@ def _attach(model: Any, lora: LoraSettings, *, seed: int) -> Any:
     return add_lora(model, lora, base_name=model.config.name_or_path, seed=seed)
 
 
-def fold(layer: LoraLayer) -> tuple[Tensor, Tensor]:
-    """A low-rank layer's `weight` (o×k) and `weight_in` (k×i), in float32, with its LoRA as their
-    last directions."""
-    base, scaling = cast(LowRankLinear, layer.base_layer), layer.scaling["default"]
-    parts = (layer.lora_A, layer.lora_B)
-    a, b = (cast(nn.Linear, part["default"]).weight.detach() for part in parts)
-    outer = torch.cat([base.weight.float(), scaling * b.float()], dim=1)
-    return outer, torch.cat([base.weight_in.float(), a.float()])
+def fold(layer: LoraLayer, factor: str) -> Tensor:
+    """A low-rank layer's `weight` (o×k) or `weight_in` (k×i), in float32, with its LoRA as the last
+    directions. The layer's own is given up, so that a model is never there twice."""
+    base = cast(LowRankLinear, layer.base_layer)
+    own, outer = getattr(base, factor), factor == "weight"
+    lora = cast(nn.Linear, (layer.lora_B if outer else layer.lora_A)["default"]).weight.detach()
+    scaling = layer.scaling["default"] if outer else 1.0
+    folded = torch.cat([own.float(), scaling * lora.float()], dim=1 if outer else 0)
+    own.data = own.new_empty(0)
+    return folded
 
 
 def write_healed(
@@ -167,8 +169,10 @@ def write_healed(
     *,
     max_shard_size: int | str = "2GB",
 ) -> None:
-    """Copy an emulator with the LoRA of `split_off` in its factors, which keep ranks and dtype;
-    layer by layer, as they are written.
+    """Copy an emulator with the LoRA of `split_off` in its factors, which keep ranks and dtype.
+
+    Args:
+        adapted: of no use afterwards; see `fold`.
 
     Raises:
         ValueError: the disk has no room for it.
@@ -177,10 +181,10 @@ def write_healed(
     opened = open_model(emulator, dtype=torch.float32)
     pieces = stored_pieces(opened)
     for name, layer in _loras(adapted).items():
-        for place, suffix in enumerate(("weight", "weight_in")):
-            key = opened.store.locations[f"{name}.{suffix}"].key
+        for factor in ("weight", "weight_in"):
+            key = opened.store.locations[f"{name}.{factor}"].key
             like = pieces[key].like
-            pieces[key] = Piece(like, partial(_folded, layer, place, like.dtype))
+            pieces[key] = Piece(like, partial(_folded, layer, factor, like.dtype))
     size = sum(piece.like.nbytes for piece in pieces.values())
     weights = DENOISER_WEIGHTS if is_denoiser(emulator) else WEIGHTS
     with writing(out, size=size) as folder:
@@ -191,9 +195,8 @@ def write_healed(
         shutil.copyfile(emulator / "config.json", folder / "config.json")
 
 
-def _folded(layer: LoraLayer, place: int, dtype: torch.dtype) -> Tensor:
-    """The first or second of a layer's folded factors."""
-    return fold(layer)[place].to("cpu", dtype)
+def _folded(layer: LoraLayer, factor: str, dtype: torch.dtype) -> Tensor:
+    return fold(layer, factor).to("cpu", dtype)
 
 
 def _loras(model: nn.Module) -> dict[str, Any]:

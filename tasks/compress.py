@@ -95,8 +95,7 @@ def _weights(
 ) -> dict[str, float] | None:
     """How much each layer's squared error counts; None leaves all ranks uniform.
 
-    For the sensitivity a uniform emulator is cut beside the others and removed again. Its rows run
-    in the batches of the calibration.
+    For the sensitivity a uniform emulator is cut beside the others and removed again.
     """
     if params.compress.allocation == "uniform":
         return None
@@ -111,7 +110,7 @@ def _weights(
             encode("calibration", codec, params),
             codec=codec,
             names=[layer.name for layer in plan],
-            batch_size=params.calibrate.batch_size,
+            batch_size=params.compress.batch_size,
             progress=True,
         )
 

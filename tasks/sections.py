@@ -103,11 +103,13 @@ class Compress(Section):
 
     `allocation` gives all layers of the swept ratio its rank (uniform), or spends the same number
     of parameters where they lower the error most: of each layer relative to its output, or by how
-    much the loss depends on it (sensitivity). A layer with a number of its own keeps that.
+    much the loss depends on it (sensitivity, which runs `batch_size` calibration rows at once). A
+    layer with a number of its own keeps that.
     """
 
     targets: dict[str, float | str] = Field(min_length=1)
     allocation: Literal["uniform", "relative", "sensitivity"] = "uniform"
+    batch_size: int = Field(default=8, ge=1)
 
 
 Lora = dataclass(LoraSettings, config=STRICT)

@@ -40,14 +40,16 @@ def fused_lora(model: nn.Module) -> Iterator[int]:
     Args:
         model: a model with peft's LoRA, where it will be trained; parameters stay what they are.
     """
-    fused = [_Fused(cast(LoraLinear, layer)) for layer in model.modules() if _fits(layer)]
-    trim_freed_memory()
+    fused = []
+    for layer in [layer for layer in model.modules() if _fits(layer)]:
+        fused.append(_Fused(cast(LoraLinear, layer)))
+        trim_freed_memory()
     try:
         yield len(fused)
     finally:
         while fused:  # a layer's buffers go before the next one's weights are copied
             fused.pop().release()
-        trim_freed_memory()
+            trim_freed_memory()
 
 
 def _fits(module: nn.Module) -> bool:

@@ -126,8 +126,8 @@ def split_off(
     for name, layer in layers.items():
         kept = layer.rank - min(settings.rank, layer.rank // 2)
         tails[name] = layer.weight_in.data[kept:].clone(), layer.weight.data[:, kept:].clone()
-        layer.weight_in.data = layer.weight_in.data[:kept].clone()
-        layer.weight.data = layer.weight.data[:, :kept].clone()
+        layer.weight_in.data = layer.weight_in.data[:kept]  # views: nothing is there twice
+        layer.weight.data = layer.weight.data[:, :kept]
         layer.rank = kept
     others = {n: len(a) for n, (a, _) in tails.items() if len(a) != settings.rank}
     pattern = {re.escape(name): rank for name, rank in others.items()}

@@ -164,8 +164,7 @@ def _means(all_found: Mapping[str, Found]) -> list[list[str]]:
         row = [method, f"{ratio}"]
         for measure in (Outcome.match, Outcome.loss):
             gains = [_gain(found[method, ratio], found, measure) for found in all_found.values()]
-            known = [gain for gain in gains if gain is not None]
-            row.append(_percent(float(np.mean(known)) if len(known) == len(gains) else None))
+            row.append(_percent(None if None in gains else float(np.mean(gains))))
         rows.append(row)
     return rows
 

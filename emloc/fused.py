@@ -41,9 +41,10 @@ def fused_lora(model: nn.Module) -> Iterator[int]:
         model: a model with peft's LoRA, where it will be trained; parameters stay what they are.
     """
     fused = []
-    for layer in [layer for layer in model.modules() if _fits(layer)]:
-        fused.append(_Fused(cast(LoraLinear, layer)))
-        trim_freed_memory()
+    for layer in model.modules():
+        if _fits(layer):
+            fused.append(_Fused(cast(LoraLinear, layer)))
+            trim_freed_memory()
     try:
         yield len(fused)
     finally:

@@ -152,14 +152,20 @@ def _attach(model: Any, lora: LoraSettings, *, seed: int) -> Any:
 
 def fold(layer: LoraLayer, factor: str) -> Tensor:
     """A low-rank layer's `weight` (o×k) or `weight_in` (k×i), in float32, with its LoRA as the last
-    directions. The layer's own is given up, so that a model is never there twice."""
+    directions.
+
+    Args:
+        layer: of peft, on a `LowRankLinear`.
+        factor: "weight" or "weight_in".
+    """
     base = cast(LowRankLinear, layer.base_layer)
-    own, outer = getattr(base, factor), factor == "weight"
-    lora = cast(nn.Linear, (layer.lora_B if outer else layer.lora_A)["default"]).weight.detach()
-    scaling = layer.scaling["default"] if outer else 1.0
-    folded = torch.cat([own.float(), scaling * lora.float()], dim=1 if outer else 0)
-    own.data = own.new_empty(0)
-    return folded
+    a, b = (
+        cast(nn.Linear, part["default"]).weight.detach().float()
+        for part in (layer.lora_A, layer.lora_B)
+    )
+    if factor == "weight_in":
+        return torch.cat([base.weight_in.float(), a])
+    return torch.cat([base.weight.float(), layer.scaling["default"] * b], dim=1)
 
 
 def write_healed(
@@ -172,7 +178,11 @@ def write_healed(
     """Copy an emulator with the LoRA of `split_off` in its factors, which keep ranks and dtype.
 
     Args:
-        adapted: of no use afterwards; see `fold`.
+        emulator: folder of the one that was cut.
+        adapted: what `split_off` made of it. Each layer loses its factors once they are folded, so
+            that the model is never there twice; it is of no use afterwards.
+        out: folder to create.
+        max_shard_size: bytes or a text such as "2GB".
 
     Raises:
         ValueError: the disk has no room for it.
@@ -196,7 +206,11 @@ def write_healed(
 
 
 def _folded(layer: LoraLayer, factor: str, dtype: torch.dtype) -> Tensor:
-    return fold(layer, factor).to("cpu", dtype)
+    """A layer's folded factor, in place of its own one, which is given up."""
+    folded = fold(layer, factor).to("cpu", dtype)
+    own = getattr(layer.base_layer, factor)
+    own.data = own.new_empty(0)
+    return folded
 
 
 def _loras(model: nn.Module) -> dict[str, Any]:

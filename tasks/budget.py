@@ -82,13 +82,13 @@ def planner_of(params: Params, *, progress: bool = False) -> Planner:
 def planned(params: Params, stage: str, ratio: float | None) -> tuple[Planner, Peak] | None:
     """The peak that a stage is planned to have; None for one that has no plan."""
     planner = planner_of(params)
+    peak: Peak | None = None
     if stage == "correct" and ratio is not None:
         peaks = [planner.correct(ratio)]
         if params.correct.method in ("weighted", "auto"):
             peaks.append(planner.calibrate)  # streams those rows once more, for smaller sums
-        return planner, max(peaks, key=lambda peak: peak.total)
-    peak: Peak | None = None
-    if stage in OFFLOADED:
+        peak = max(peaks, key=lambda peak: peak.total)
+    elif stage in OFFLOADED:
         peak = planner.generate
     elif stage in ("heal", "train") and ratio is not None:
         peak = getattr(planner, stage)(ratio)

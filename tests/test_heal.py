@@ -8,17 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import nn
 
 from emloc import distill
 from emloc.calibrate import calibrate
+from emloc.distill import sum_of_divergences
 from emloc.emulator import cut, plan_ranks
 from emloc.factor_files import FactorFiles
 from emloc.families.text import TextCodec
 from emloc.heal import heal, hold_out, split_off, write_healed
 from emloc.lowrank import ranks_of
 from emloc.models import load_model, open_model
+from emloc.plan.tracking import AllocationTracker
 from emloc.settings import HealSettings
 from emloc.targets import BLOCKS, select
 from emloc.teach import Targets, divergence, taught_labels, teach
@@ -179,6 +182,32 @@ def test_healing_is_the_same_each_time_and_in_chunks(
     whole, parts = (load_file(tmp_path / n / "healed" / "model.safetensors") for n in "ac")
     for key, tensor in whole.items():
         torch.testing.assert_close(parts[key], tensor, atol=1e-4, rtol=1e-3)
+
+
+def test_a_healed_emulator_is_written_without_a_second_copy(made: Path, tmp_path: Path) -> None:
+    with AllocationTracker() as tracker:
+        adapted = split_off(load_model(made / "emulator", dtype=FLOAT, device="cpu"), SETTINGS)
+        before = tracker.live_bytes
+        write_healed(made / "emulator", adapted, tmp_path / "healed")
+    factors = [layer.base_layer for layer in adapted.modules() if isinstance(layer, LoraLayer)]
+    assert factors and not any(len(f.weight) + len(f.weight_in) for f in factors)
+    stored = sum(file.stat().st_size for file in (tmp_path / "healed").glob("*.safetensors"))
+    assert tracker.peak_bytes < before + 0.8 * stored
+
+
+def test_logits_are_computed_in_chunks_before_and_after_as_well(
+    made: Path, codec: TextCodec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = []
+
+    def counting(head: nn.Module, hidden: torch.Tensor, *targets: torch.Tensor) -> torch.Tensor:
+        counts.append(len(hidden))
+        return sum_of_divergences(head, hidden, *targets)
+
+    monkeypatch.setattr(distill, "sum_of_divergences", counting)
+    heal_tiny(made, codec, tmp_path, steps=3)
+    held = ROWS // 8 // SETTINGS.batch_size
+    assert len(counts) == held + 3 + held
 
 
 def test_fewer_rows_at_once_heal_the_same(made: Path, codec: TextCodec, tmp_path: Path) -> None:

@@ -190,17 +190,21 @@ class Planner:
         """
         ratios = [round(n * STEP, 2) for n in range(1, round(self._highest / STEP) + 1)]
         likely = [ratio for ratio in ratios if self._fits(self._near(ratio).peak)]
-        if likely and self._trains(likely[-1]):
+        if likely and self._trains(likely[-1]):  # as a rule, unless healing takes more
             return likely[-1]
         fitting = bisect_left(likely, True, key=lambda ratio: not self._trains(ratio))
         if fitting:
             return likely[fitting - 1]
         least = self.runtime_bytes + max(peak.total for peak in self._trainings(ratios[0]))
-        also = "" if self.healing is None else " and heal.batch_size"
+        stages = ("train",) if self.healing is None else ("train", "heal")
+        rows, again = (
+            " and ".join(f"{stage}.{key}" for stage in stages)
+            for key in ("batch_size", "gradient_checkpointing")
+        )
         raise ValueError(
             f"no emulator can be trained in {show_gib(self.budget_bytes)}: at ratio {ratios[0]} it "
-            f"takes {show_gib(least)}. Allow more, or lower train.batch_size{also} or the length "
-            "of the rows, or set gradient_checkpointing."
+            f"takes {show_gib(least)}. Allow more, or lower {rows} or the length of the rows, or "
+            f"set {again}."
         )
 
     def _trainings(self, ratio: float) -> Iterator[Peak]:
